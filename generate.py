@@ -1,0 +1,964 @@
+"""Generate text with SCOPE: load a checkpoint, prefill, decode through two compiled graphs, stream.
+
+From a shell:  python generate.py --prompt-file questions.txt --policy discontinuous
+From Python:   model, tokenizer = load("checkpoints/mini")
+               for result in generate(model, tokenizer, ["Question_1: ..."], "discontinuous"): print(result.text)
+"""
+
+import argparse
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cache import Cache
+from model import Llama, ModelConfig
+from scope import FULL, SCORES, STRATEGIES, Policy
+
+log = logging.getLogger("scope")
+MINI = Path(__file__).parent / "checkpoints" / "mini"
+
+
+def option(default, help: str, **argument):
+    return field(default=default, metadata={"help": help, **argument})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every setting and its default; `--help` prints them. ValueError names a value that is impossible."""
+
+    checkpoint: str = option(str(MINI), "directory in Hugging Face format, or hub id", metavar="DIR_OR_HUB_ID")
+    policy: str = option("discontinuous", "what happens to generated tokens in the cache", choices=list(STRATEGIES))
+    heavy: int = option(64, "heavy hitters: generated tokens kept per KV head for their score")
+    recent: int = option(64, "newest generated tokens, always kept")
+    score: str = option("cumulative", "what ranks generated tokens", choices=list(SCORES))
+    max_new_tokens: int = option(512, "most tokens to generate; the growing budgets are full there (the paper's T)")
+    temperature: float = option(0.0, "0: greedy")
+    top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
+    top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
+    seed: int = option(0, "of the sampling; the same for a prompt alone and in a batch")
+    ignore_eos: bool = option(False, "do not stop at a stop token")
+    batch_size: int = option(8, "prompts that run together")
+    device: str = option("auto", "cpu, cuda, cuda:1; auto: cuda if there is one")
+    dtype: str = option(
+        "auto", "of weights and cache; auto: the checkpoint's", choices=["auto", "float32", "bfloat16", "float16"]
+    )
+    compile: bool = option(True, "run eagerly: no compile time, slower steps")
+
+    def __post_init__(self):
+        Policy(self.policy, self.heavy, self.recent, self.score)
+        require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
+        require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+
+
+def require(holds: bool, name: str, value, wanted: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value}: it must be {wanted}")
+
+
+# ---- loading ----------------------------------------------------------------------------------------------
+
+HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+             "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]  # fmt: skip
+
+
+def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dtype: str = Options.dtype):
+    """Checkpoint directory or hub id -> (Llama, Tokenizer). ValueError says in one line what is wrong with it."""
+    device = find_device(device)
+    folder = find_checkpoint(str(checkpoint))
+    raw = read_json(folder / "config.json")
+    config = parse_config(raw, folder / "config.json")
+    tokenizer = load_tokenizer(folder, raw, config.vocab_size)
+    model = load_model(folder, config, device, find_dtype(dtype, raw))
+    return model, tokenizer
+
+
+def find_device(name: str) -> torch.device:
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if cuda else "cpu")
+    there = ["cpu"] + ["cuda"] * cuda + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    require(name in there, "device", repr(name), "one that is here: " + ", ".join(there))
+    return torch.device(name)
+
+
+def find_dtype(name: str, raw: dict) -> torch.dtype:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"  # transformers 5, transformers 4
+    name = stored if name == "auto" else name
+    require(name in known, "dtype", repr(name), "one of " + ", ".join(known))
+    return known[name]
+
+
+def find_checkpoint(name: str) -> Path:
+    """The directory of a checkpoint; a hub id is downloaded into the hub's own cache first."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists():
+        raise ValueError(f"checkpoint {name} is a file: give the directory that holds config.json")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        raise ValueError(f"checkpoint {name}: no such directory, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download  # here, so that a local checkpoint does not wait for it
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
+    except (OSError, ValueError) as error:  # the hub's errors: no network, no login, no such repository, offline mode
+        raise ValueError(f"checkpoint {name}: no such directory, and the hub says: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: a checkpoint in Hugging Face format has it") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}:1: a JSON object is expected, not {type(value).__name__}")
+    return value
+
+
+def read_optional_json(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
+def parse_config(raw: dict, path: Path) -> ModelConfig:
+    """Hugging Face's config.json, spelled as transformers 4 or 5 do. ValueError names the field not supported."""
+    wanted = {
+        "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
+        "quantization_config": (None,),
+        "hidden_act": (None, "silu"),
+        "partial_rotary_factor": (None, 1.0),
+    }
+    for name, values in wanted.items():
+        if raw.get(name) not in values:
+            raise ValueError(
+                f"{path}: {name} is {json.dumps(raw.get(name))}: not supported, only {json.dumps(values[-1])}"
+            )
+
+    def size(name: str, default: int | None = None) -> int:
+        value = default if raw.get(name) is None else raw[name]
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{path}: {name} is {json.dumps(value)}: a whole number above 0 is needed")
+        return value
+
+    n_heads = size("num_attention_heads")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    config = ModelConfig(
+        vocab_size=size("vocab_size"),
+        hidden_size=size("hidden_size"),
+        intermediate_size=size("intermediate_size"),
+        n_layers=size("num_hidden_layers"),
+        n_heads=n_heads,
+        n_kv_heads=size("num_key_value_heads", n_heads),
+        head_dim=size("head_dim", size("hidden_size") // n_heads),
+        norm_eps=raw.get("rms_norm_eps", 1e-6),
+        max_positions=size("max_position_embeddings", 2048),
+        sliding_window=raw.get("sliding_window") and size("sliding_window"),
+        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        rope_scaling=rope,
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        attention_bias=bool(raw.get("attention_bias", False)),
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+    )
+    if config.n_heads % config.n_kv_heads:
+        raise ValueError(f"{path}: num_key_value_heads {config.n_kv_heads} does not divide {config.n_heads} heads")
+    return config
+
+
+def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Llama:
+    with torch.device("meta"):  # shapes only: no memory is taken twice
+        model = Llama(config)
+    stored = open_weights(folder)
+    expected = {name: sources(name, tensor.shape, config) for name, tensor in model.state_dict().items()}
+    check_names(stored, [source for parts in expected.values() for source, _ in parts], folder, config)
+    weights = {}
+    for name, parts in expected.items():
+        tensors = [read_weight(stored[source], source, shape, dtype) for source, shape in parts]
+        weights[name] = torch.cat(tensors).to(device) if len(tensors) > 1 else tensors[0].to(device)
+    model.load_state_dict(weights, assign=True)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def open_weights(folder: Path) -> dict:
+    """Tensor name -> the open safetensors file that holds it. Nothing but safetensors is ever read."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+    else:
+        files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = any(list(folder.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth"))
+        why = "only pickled weights, which can run code: convert them to safetensors" if pickled else "no *.safetensors"
+        raise ValueError(f"checkpoint {folder} has {why}")
+    stored = {}
+    for file in files:
+        try:
+            handle = safe_open(file, framework="pt")
+        except FileNotFoundError:
+            raise ValueError(f"{file} is missing: the checkpoint is incomplete, download it again") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} is truncated or no safetensors file: {one_line(error)}") from None
+        stored.update(dict.fromkeys(handle.keys(), handle))
+    return stored
+
+
+HF_NAMES = {
+    "embed": ["model.embed_tokens"],
+    "norm": ["model.norm"],
+    "head": ["lm_head"],
+    "attention_norm": ["input_layernorm"],
+    "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.wo": ["self_attn.o_proj"],
+    "mlp_norm": ["post_attention_layernorm"],
+    "mlp.w_gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.w_down": ["mlp.down_proj"],
+}
+
+
+def sources(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[str, tuple]]:
+    """One of our parameters -> Hugging Face's names and shapes of the pieces that are stacked into it."""
+    module, kind = name.rsplit(".", 1)
+    layer = re.match(r"layers\.\d+\.", module)
+    prefix, module = (f"model.{layer[0]}", module[layer.end() :]) if layer else ("", module)
+    if name == "head.weight" and config.tie_embeddings:
+        module = "embed"
+    parts = HF_NAMES[module]
+    rows = [shape[0] // len(parts)] * len(parts)
+    if module == "attention.wqkv":
+        rows = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    return [(f"{prefix}{part}.{kind}", (n, *shape[1:])) for part, n in zip(parts, rows, strict=True)]
+
+
+def check_names(stored: dict, expected: list[str], folder: Path, config: ModelConfig) -> None:
+    missing = [name for name in expected if name not in stored]
+    ignored = ["lm_head.weight"] if config.tie_embeddings else []
+    extra = [n for n in stored if n not in set(expected) | set(ignored) and not n.endswith("rotary_emb.inv_freq")]
+    for names, verdict in ((missing, "lacks"), (extra, "has what its config does not name:")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"checkpoint {folder} {verdict} tensor {names[0]}{more}")
+
+
+def read_weight(handle, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
+    stored = tuple(handle.get_slice(name).get_shape())
+    if stored != shape:
+        raise ValueError(f"tensor {name} is {list(stored)}, but config.json makes it {list(shape)}")
+    return handle.get_tensor(name).to(dtype)
+
+
+# ---- tokenizing -------------------------------------------------------------------------------------------
+
+
+class SentencePiece:
+    """tokenizer.model. Special tokens in a text become their ids, as transformers does it."""
+
+    def __init__(self, path: Path, settings: dict):
+        from sentencepiece import SentencePieceProcessor
+
+        self.processor = SentencePieceProcessor(model_file=str(path))
+        pieces = range(self.processor.vocab_size())
+        self.special = {self.processor.id_to_piece(i): i for i in pieces if self.processor.is_control(i)}
+        added = settings.get("added_tokens_decoder", {})
+        self.special |= {token["content"]: int(i) for i, token in added.items()}
+        self.bos = [self.processor.bos_id()] if settings.get("add_bos_token", True) else []
+        self.vocab_size = max([len(pieces), *(i + 1 for i in self.special.values())])
+
+    def encode(self, text: str, bos: bool) -> list[int]:
+        pattern = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))
+        ids = [i for i in self.bos if bos and i >= 0]
+        for part in re.split(f"({pattern})", text) if pattern else [text]:
+            ids += [self.special[part]] if part in self.special else self.processor.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        special = set(self.special.values())
+        return self.processor.decode([i for i in ids if i not in special and i < self.processor.vocab_size()])
+
+    def id_of(self, piece: str) -> int | None:
+        return self.special.get(piece)
+
+
+class FastTokenizer:
+    """tokenizer.json, through the tokenizers library: Llama 3 ships no sentencepiece model."""
+
+    def __init__(self, path: Path, settings: dict):
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_file(str(path))
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.vocab_size = self.backend.get_vocab_size()
+
+    def encode(self, text: str, bos: bool) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=bos).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids)
+
+    def id_of(self, piece: str) -> int | None:
+        return self.backend.token_to_id(piece)
+
+
+@dataclass
+class Tokenizer:
+    """A backend, the ids that end a text, and the chat template if the checkpoint has one."""
+
+    backend: SentencePiece | FastTokenizer
+    stop_ids: list[int]
+    special: dict  # bos_token, eos_token as text, for the chat template
+    template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, bos=True)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids)
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        """A conversation -> prompt ids, by the checkpoint's own template in jinja2's sandbox."""
+        if self.template is None:
+            raise ValueError("this checkpoint has no chat template: run it without --chat")
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str):
+            raise TemplateError(message)
+
+        jinja = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        try:
+            template = jinja.from_string(self.template)
+            text = template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.special
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template fails: {one_line(error)}") from error
+        return self.backend.encode(text, bos=False)  # the template writes its own bos
+
+
+def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
+    settings = read_optional_json(folder / "tokenizer_config.json")
+    backend = load_backend(folder, settings)
+    if backend.vocab_size > vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {backend.vocab_size} tokens, the model only {vocab_size}")
+    special = {name: text_of(settings.get(name)) for name in ("bos_token", "eos_token")}
+    stops = read_optional_json(folder / "generation_config.json").get("eos_token_id", raw_config.get("eos_token_id"))
+    stops = stops if isinstance(stops, list) else [stops]
+    stops = {*stops, backend.id_of(special["eos_token"])} - {None}
+    return Tokenizer(backend, sorted(stops), special, read_template(folder, settings))
+
+
+def load_backend(folder: Path, settings: dict) -> SentencePiece | FastTokenizer:
+    """tokenizer.json first: where both are there, it is the one that knows the chat tokens."""
+    for name, backend in (("tokenizer.json", FastTokenizer), ("tokenizer.model", SentencePiece)):
+        if (folder / name).exists():
+            try:
+                return backend(folder / name, settings)
+            except Exception as error:  # both libraries raise bare Exception or RuntimeError for a broken file
+                raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
+    raise ValueError(f"checkpoint {folder} has no tokenizer.json and no tokenizer.model")
+
+
+def text_of(token: str | dict | None) -> str:
+    return token["content"] if isinstance(token, dict) else token or ""
+
+
+def read_template(folder: Path, settings: dict) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several named ones
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template
+
+
+class TextStream:
+    """Token ids in, text out as soon as it is whole: a character split over tokens waits for its last byte."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.decode = tokenizer.decode
+        self.ids: list[int] = []
+        self.start = self.shown = 0  # ids[start:shown] is context whose text is out already
+
+    def push(self, ids: list[int], last: bool = False) -> str:
+        self.ids += ids
+        old, new = self.decode(self.ids[self.start : self.shown]), self.decode(self.ids[self.start :])
+        if new.endswith("\ufffd") and not last:
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return new[len(old) :]
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------
+
+
+def sample(logits: Tensor, noise: Tensor, options: Options) -> Tensor:
+    """logits [B, vocab], noise [B] uniform in [0, 1) -> token ids [B].
+
+    One uniform number per token, drawn per prompt before the run: a row samples the same alone and in a batch.
+    """
+    if options.temperature == 0:
+        return logits.argmax(-1)
+    vocab = logits.shape[-1]
+    top, ids = (logits / options.temperature).topk(min(options.top_k or vocab, vocab))  # sorted
+    prob = top.softmax(-1)
+    prob = torch.where(prob.cumsum(-1) - prob < options.top_p, prob, 0)  # the token that crosses top_p stays
+    edges = prob.cumsum(-1)
+    choice = (edges <= noise[:, None] * edges[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+def draw_noise(options: Options, indexes: list[int], device: torch.device) -> Tensor:
+    """[T, B] uniform numbers: column b depends on the seed and on prompt b's index alone."""
+    if options.temperature == 0:
+        return torch.zeros(options.max_new_tokens, len(indexes), device=device)
+    seeds = [(options.seed * 1_000_003 + index) % 2**63 for index in indexes]
+    columns = [torch.rand(options.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
+    return torch.stack(columns, dim=1).to(device)
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------
+
+READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and every read makes it wait
+PROMPT_SLOTS = 64  # prompt slots are a multiple of this: a slightly longer prompt finds its graphs compiled
+
+# Two graphs per policy and shape. A process that sweeps many of them is no accident, as the default of 8 assumes.
+torch._dynamo.config.recompile_limit = 64
+
+
+def decode_step(model: Llama, cache: Cache, now, select: bool, token: Tensor, noise: Tensor, stopped: Tensor,
+                stop_ids: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Feed token [B], choose the next. This is what gets compiled: one graph for append, one for select steps.
+
+    Returns the token to feed, the same with -1 where a row had stopped before, and which rows have stopped.
+    """
+    attends = cache.selects(now) if select else cache.appends(now)
+    hidden = model(token[:, None], now.position[:, None], attends)
+    return choose(model.logits(hidden[:, -1]), noise, stopped, stop_ids, options)
+
+
+def check_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise ValueError("torch.compile finds no C++ compiler here: install g++, or run with --no-compile") from error
+
+
+def choose(logits: Tensor, noise: Tensor, stopped: Tensor, stop_ids: Tensor, options: Options):
+    token = sample(logits, noise, options)
+    return token, torch.where(stopped, -1, token), stopped | torch.isin(token, stop_ids)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a batch took. Bytes are allocated ones, of the whole batch; seconds are wall clock."""
+
+    policy: str
+    heavy: int
+    recent: int
+    score: str
+    steps: int  # decode steps run, so tokens of the longest row less the one that prefill gives
+    prompt_slots: int
+    decode_slots: int
+    kv_bytes: int
+    kv_bytes_full: int  # of a full static cache for the same prompt slots + T
+    prefill_s: float
+    compile_s: float  # of the run, the same for all of its batches
+    decode_s: float
+    tokens_per_s: float  # tokens of all rows that decode steps made, over decode_s
+
+
+class Engine:
+    """One model and one cache; runs batch after batch of prompts through the same buffers and graphs."""
+
+    def __init__(self, model: Llama, options: Options, stop_ids: list[int], batch: int, prompt_slots: int):
+        self.model, self.options = model, options
+        self.device = model.embed.weight.device
+        self.shape = (batch, prompt_slots, options.max_new_tokens)
+        self.policy = Policy(options.policy, options.heavy, options.recent, options.score)
+        self.cache = self.allocate(self.policy, self.device)
+        self.stop_ids = torch.tensor([] if options.ignore_eos else stop_ids, dtype=torch.int64, device=self.device)
+        self.step = decode_step
+        self.compile_s = self.compile() if options.compile else 0.0
+
+    def allocate(self, policy: Policy, device) -> Cache:
+        try:
+            with torch.device(device):
+                return Cache(self.model.config, policy, *self.shape, self.model.embed.weight.dtype)
+        except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
+            raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
+
+    @torch.inference_mode()
+    def compile(self) -> float:
+        """Compile both graphs on the empty cache, so that no step of the run waits for it. Returns seconds."""
+        check_compiler(self.device)
+        began = time.perf_counter()
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
+        token = torch.zeros(len(self.cache.lengths), dtype=torch.int64, device=self.device)
+        self.begin([0] * len(token))
+        for select in sorted({step.evict > 0 for step in self.cache.steps}):
+            log.info("compiling the %s graph ...", "select" if select else "append")
+            for _ in range(3 if mode else 1):  # CUDA graphs: warm up, record, replay
+                self.decode(1, token, select)
+        self.wait()
+        return time.perf_counter() - began
+
+    def begin(self, indexes: list[int]) -> None:
+        """Forget the last batch."""
+        self.cache.reset()
+        self.noise = draw_noise(self.options, indexes, self.device)
+        self.stopped = torch.zeros(len(indexes), dtype=torch.bool, device=self.device)
+
+    @torch.inference_mode()
+    def start(self, rows: list["Row"]) -> tuple[Tensor, Tensor]:
+        """Prefill: read the prompts as one right-padded block and choose each row's first token.
+
+        A batch shorter than the cache fills up with copies of its last row.
+        """
+        began = time.perf_counter()
+        rows = rows + rows[-1:] * (len(self.cache.lengths) - len(rows))
+        self.begin([row.index for row in rows])
+        lengths = torch.tensor([len(row.prompt) for row in rows], device=self.device)
+        width = int(lengths.max())
+        block = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows], device=self.device)
+        positions = torch.arange(width, device=self.device).expand_as(block)
+        hidden = self.model(block, positions, self.cache.fills(lengths))
+        logits = self.model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
+        token, shown, self.stopped = choose(logits, self.noise[0], self.stopped, self.stop_ids, self.options)
+        self.wait()
+        self.steps, self.decode_began = 0, time.perf_counter()
+        self.prefill_s = self.decode_began - began
+        return token, shown
+
+    @torch.inference_mode()
+    def decode(self, t: int, token: Tensor, select: bool) -> tuple[Tensor, Tensor]:
+        """Step t, 1-based: (the token to feed next, the token to show), each [B]."""
+        now = self.cache.now(t)
+        noise = self.noise[min(t, len(self.noise) - 1)]
+        step = self.step(self.model, self.cache, now, select, token, noise, self.stopped, self.stop_ids, self.options)
+        token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
+        self.steps = t
+        return token, shown
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def stats(self, rows: list["Row"]) -> Stats:
+        """The figures of the batch that has just been decoded."""
+        self.wait()
+        decode_s = time.perf_counter() - self.decode_began
+        decoded = sum(len(row.tokens) - 1 for row in rows)
+        cache, full = self.cache, self.allocate(FULL, "meta")
+        return Stats(
+            self.policy.name, self.policy.heavy, self.policy.recent, self.policy.score, self.steps,
+            cache.prompt_slots, cache.decode_slots, cache.nbytes, full.nbytes,
+            self.prefill_s, self.compile_s, decode_s, decoded / decode_s,
+        )  # fmt: skip
+
+
+@dataclass
+class Row:
+    """One prompt of a running batch, on the host's side."""
+
+    index: int
+    prompt: list[int]
+    stream: TextStream
+    tokens: list[int] = field(default_factory=list)  # generated, a stop token included
+    stopped: bool = False
+
+    def take(self, new: list[int], stopped: bool) -> str:
+        """New tokens, a stop token included -> the text that they complete."""
+        self.tokens += new
+        ended, self.stopped = stopped and not self.stopped, stopped
+        return self.stream.push(new[:-1] if ended else new, last=ended)
+
+    def result(self, tokenizer: Tokenizer, stats: Stats) -> "Result":
+        text = tokenizer.decode(self.tokens[:-1] if self.stopped else self.tokens)
+        reason = "stop" if self.stopped else "length"
+        return Result(self.index, len(self.prompt), self.tokens, text, reason, stats)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of --output. `token_ids` are the generated ones; `stats` are those of the row's batch."""
+
+    index: int
+    prompt_len: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str  # "stop" or "length"
+    stats: Stats
+
+
+def generate(model: Llama, tokenizer: Tokenizer, prompts: list, policy: str = Options.policy, *, on_text=None,
+             on_step=None, prompt_slots: int = 0, **settings) -> Iterator[Result]:  # fmt: skip
+    """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
+
+    settings: fields of Options. on_text(index, text) gets the text as it is generated, on_step(cache) the cache
+    after prefill and after every step; prompt_slots allocates more than the longest prompt needs. Raises
+    ValueError, before anything is computed, for a prompt or a setting that cannot be run.
+    """
+    options = Options(policy=policy, **settings)
+    prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    check_run(model.config, prompts, options)
+    longest = max(prompt_slots, *map(len, prompts))
+    batch = min(options.batch_size, len(prompts))
+    slots = -(-longest // PROMPT_SLOTS) * PROMPT_SLOTS
+    return run(
+        model, tokenizer, prompts, options, batch, slots, on_text or (lambda *_: None), on_step or (lambda _: None)
+    )
+
+
+def check_run(config: ModelConfig, prompts: list[list[int]], options: Options) -> None:
+    if not prompts:
+        raise ValueError("there are no prompts: give at least one")
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise ValueError(f"prompt {i} is empty: give it at least one token")
+        wrong = [x for x in ids if type(x) is not int or not 0 <= x < config.vocab_size]
+        if wrong:
+            raise ValueError(f"prompt {i} has token id {wrong[0]!r}: the vocabulary is 0 to {config.vocab_size - 1}")
+        total = len(ids) + options.max_new_tokens
+        for limit, what in ((config.max_positions, "positions"), (config.sliding_window, "tokens of sliding window")):
+            if limit and total > limit:
+                raise ValueError(f"prompt {i} has {len(ids)} tokens and {options.max_new_tokens} may follow: "
+                                 f"{total} are more than the model's {limit} {what}; lower --max-new-tokens")  # fmt: skip
+
+
+def run(model, tokenizer, prompts, options: Options, batch: int, slots: int, on_text, on_step) -> Iterator[Result]:
+    engine = Engine(model, options, tokenizer.stop_ids, batch, slots)
+    for first in range(0, len(prompts), batch):
+        rows = [Row(first + i, ids, TextStream(tokenizer)) for i, ids in enumerate(prompts[first : first + batch])]
+        try:
+            run_batch(engine, rows, on_text, on_step)
+        except KeyboardInterrupt:  # rows that are complete are not lost
+            stats = engine.stats(rows)
+            yield from (row.result(tokenizer, stats) for row in rows if row.stopped)
+            raise
+        stats = engine.stats(rows)
+        yield from (row.result(tokenizer, stats) for row in rows)
+
+
+def run_batch(engine: Engine, rows: list[Row], on_text, on_step) -> None:
+    """Prefill, then decode until every row has stopped or has its most tokens."""
+    token, shown = engine.start(rows)
+    on_step(engine.cache)
+    unread = [shown]
+    for t in range(1, engine.options.max_new_tokens):
+        if len(unread) == READ_EVERY[engine.device.type]:
+            deliver(engine, rows, unread, on_text)
+            unread.clear()
+            if all(row.stopped for row in rows):
+                return
+        token, shown = engine.decode(t, token, engine.cache.steps[t - 1].evict > 0)
+        on_step(engine.cache)
+        unread.append(shown)
+    deliver(engine, rows, unread, on_text)
+    for row in rows:
+        on_text(row.index, row.stream.push([], last=True))
+
+
+def deliver(engine: Engine, rows: list[Row], unread: list[Tensor], on_text) -> None:
+    """The one place where the host waits for the device: some steps' tokens and the stop flags, in one copy."""
+    *steps, stopped = torch.stack([*unread, engine.stopped.long()]).tolist()
+    for i, row in enumerate(rows):
+        if text := row.take([step[i] for step in steps if step[i] >= 0], bool(stopped[i])):
+            on_text(row.index, text)
+
+
+# ---- the command line -------------------------------------------------------------------------------------
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):  # one line, as for every other mistake; argparse would print the usage first
+        raise ValueError(f"{message} (see --help)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: done; 2: a mistake, said in one line before anything was computed; 130: interrupted."""
+    log.setLevel(logging.INFO)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    try:
+        arguments = parse_arguments(argv)
+        converses = arguments.chat and arguments.prompt_file is None and not arguments.stdin
+        return (converse if converses else answer)(arguments)
+    except BrokenPipeError:  # whoever read our output, `head` say, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError) as error:
+        note(f"generate.py: error: {one_line(error)}")
+        return 2
+    except KeyboardInterrupt:
+        note("\ninterrupted")
+        return 130
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        "generate.py", description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    source = parser.add_argument_group("what to continue (default: the bundled model's demo prompt)")
+    source.add_argument("stdin", nargs="?", choices=["-"], help="read one prompt from standard input")
+    source.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    source.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help='.txt: one prompt; .jsonl: a {"prompt": TEXT} or {"prompt_ids": [...]} per line',
+    )
+    source.add_argument(
+        "--chat", action="store_true", help="apply the chat template; without a prompt, hold a conversation"
+    )
+    result = parser.add_argument_group("where the results go (generated text: standard output)")
+    result.add_argument("--output", metavar="FILE.jsonl", help="one line per prompt: token ids, text, statistics")
+    result.add_argument(
+        "--trace", metavar="FILE.npz", help="the positions held by every slot after every step; for small runs"
+    )
+    settings = parser.add_argument_group("settings")
+    for entry in fields(Options):
+        add_option(settings, entry.name, entry.default, dict(entry.metadata))
+    arguments = parser.parse_args(argv)
+    if sum(given is not None for given in (arguments.stdin, arguments.prompt, arguments.prompt_file)) > 1:
+        raise ValueError("give one of --prompt, --prompt-file and -, not several")
+    return arguments
+
+
+def add_option(group, name: str, default, argument: dict) -> None:
+    flag = "--" + name.replace("_", "-")
+    if default is True:
+        group.add_argument(f"--no-{name}", dest=name, action="store_false", help=argument["help"])
+    elif default is False:
+        group.add_argument(flag, action="store_true", help=argument["help"])
+    else:
+        group.add_argument(flag, type=type(default), default=default, **argument)
+
+
+def options_of(arguments: argparse.Namespace) -> Options:
+    return Options(**{entry.name: getattr(arguments, entry.name) for entry in fields(Options)})
+
+
+def read_prompts(arguments: argparse.Namespace) -> list:
+    """Texts, or lists of token ids, from whichever source the command line names."""
+    if arguments.prompt is not None:
+        return [arguments.prompt]
+    if arguments.stdin:
+        return [sys.stdin.read()]
+    if arguments.prompt_file is None and arguments.checkpoint != Options.checkpoint:
+        raise ValueError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or - for standard input")
+    path = Path(arguments.prompt_file or MINI / "demo.txt")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"prompt file {path} cannot be read: {one_line(error)}") from None
+    if path.suffix != ".jsonl":
+        return [text]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [parse_prompt(line, f"{path}:{number}") for number, line in lines]
+
+
+def parse_prompt(line: str, where: str) -> str | list[int]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: broken JSON: {error.msg}") from None
+    prompt = row.get("prompt", row.get("prompt_ids")) if isinstance(row, dict) else None
+    if not isinstance(prompt, list if isinstance(row, dict) and "prompt" not in row else str):
+        raise ValueError(f'{where}: one {{"prompt": TEXT}} or {{"prompt_ids": [ID, ...]}} is expected')
+    return prompt
+
+
+def check_writable(arguments: argparse.Namespace) -> None:
+    """Refuse an --output or --trace that could not be written, before a long run finds out."""
+    given = {name: Path(path) for name in ("output", "trace") if (path := getattr(arguments, name))}
+    for name, path in given.items():
+        if path.is_dir():
+            raise ValueError(f"--{name} {path} is a directory: give a file")
+        if not path.parent.is_dir():
+            raise ValueError(f"--{name} {path}: there is no directory {path.parent}")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise ValueError(f"--{name} {path} cannot be written: no permission")
+    paths = [path.resolve() for path in [*given.values(), Path(arguments.prompt_file or os.devnull)]]
+    if len(set(paths)) < len(paths):
+        raise ValueError("--output, --trace and --prompt-file name the same file: give each its own")
+
+
+def load_aloud(options: Options) -> tuple[Llama, Tokenizer]:
+    log.info("loading %s", options.checkpoint)
+    return load(options.checkpoint, options.device, options.dtype)
+
+
+def answer(arguments: argparse.Namespace) -> int:
+    """One run over the given prompts: text to standard output, rows to --output, a summary to standard error."""
+    options = options_of(arguments)
+    prompts = read_prompts(arguments)
+    check_writable(arguments)
+    model, tokenizer = load_aloud(options)
+    if arguments.chat:
+        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
+    trace = Trace(arguments.trace, options, len(prompts)) if arguments.trace else None
+    printer = Printer()
+    results = generate(model, tokenizer, prompts, **asdict(options), on_text=printer.text, on_step=trace)
+    batches: dict[int, Stats] = {}
+    with open(arguments.output or os.devnull, "w", encoding="utf-8") as output:
+        for result in results:
+            printer.end(result.index)
+            write_row(output, result)
+            batches[id(result.stats)] = result.stats
+    if trace:
+        trace.save()
+    note(summary(list(batches.values())))
+    return 0
+
+
+def write_row(output, result: Result) -> None:
+    print(json.dumps(asdict(result), ensure_ascii=False), file=output, flush=True)
+
+
+def converse(arguments: argparse.Namespace) -> int:
+    """A conversation, one line a turn, until the end of input. Every turn reads the whole of it again."""
+    options = options_of(arguments)
+    if arguments.trace:
+        raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
+    check_writable(arguments)
+    model, tokenizer = load_aloud(options)
+    tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template
+    messages = []
+    with open(arguments.output or os.devnull, "w", encoding="utf-8") as output:
+        for text in turns(arguments.prompt):
+            messages.append({"role": "user", "content": text})
+            result = reply(model, tokenizer, messages, options)
+            messages.append({"role": "assistant", "content": result.text})
+            write_row(output, replace(result, index=len(messages) // 2 - 1))
+            note(summary([result.stats]))
+    return 0
+
+
+def turns(first: str | None) -> Iterator[str]:
+    """The user's side of a conversation. A --prompt is its first turn, and the only one without a terminal."""
+    if first is not None:
+        yield first
+        if not sys.stdin.isatty():
+            return
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def reply(model: Llama, tokenizer: Tokenizer, messages: list[dict], options: Options) -> Result:
+    ids = tokenizer.chat(messages)
+    slots = (
+        1 << (len(ids) - 1).bit_length()
+    )  # doubling: a growing conversation compiles anew a few times, not every turn
+    printer = Printer()
+    [result] = generate(model, tokenizer, [ids], **asdict(options), on_text=printer.text, prompt_slots=slots)
+    printer.end(0)
+    return result
+
+
+class Printer:
+    """Standard output: the first unfinished prompt streams, those after it wait for their turn."""
+
+    def __init__(self):
+        self.streaming = 0
+        self.waiting: dict[int, str] = {}
+        self.last = ""
+
+    def text(self, index: int, piece: str) -> None:
+        if index != self.streaming:
+            self.waiting[index] = self.waiting.get(index, "") + piece
+        elif piece:
+            self.last = piece
+            print(piece, end="", flush=True)
+
+    def end(self, index: int) -> None:
+        print(end="" if self.last.endswith("\n") else "\n", flush=True)
+        self.streaming, self.last = index + 1, ""
+        self.text(index + 1, self.waiting.pop(index + 1, ""))
+
+
+class Trace:
+    """--trace: the positions in every slot after prefill and after every step, one batch, at most 1 GiB."""
+
+    LIMIT = 2**30
+
+    def __init__(self, path: str, options: Options, n_prompts: int):
+        if n_prompts > options.batch_size:
+            raise ValueError(f"--trace records one batch: {n_prompts} prompts need --batch-size {n_prompts}")
+        self.path, self.options = path, options
+        self.frames: list[np.ndarray] = []
+
+    def __call__(self, cache: Cache) -> None:
+        pos = cache.positions()
+        size = pos.nbytes * self.options.max_new_tokens
+        if size > self.LIMIT:
+            raise ValueError(
+                f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens or --batch-size"
+            )
+        self.prompt_slots = cache.prompt_slots
+        self.frames.append(pos.cpu().numpy())
+
+    def save(self) -> None:
+        settings = {
+            name: getattr(self.options, name) for name in ("policy", "heavy", "recent", "score", "max_new_tokens")
+        }
+        unfinished = Path(self.path + ".part")
+        with open(unfinished, "wb") as file:
+            np.savez_compressed(file, pos=np.stack(self.frames), prompt_slots=self.prompt_slots, **settings)
+        unfinished.replace(self.path)
+
+
+def summary(batches: list[Stats]) -> str:
+    """The statistics of a run, for a person."""
+    s = batches[-1]
+    prefill, decode = sum(b.prefill_s for b in batches), sum(b.decode_s for b in batches)
+    tokens = sum(b.tokens_per_s * b.decode_s for b in batches)
+    return (
+        f"\npolicy   {s.policy}: heavy {s.heavy} + recent {s.recent} generated tokens per KV head, score {s.score}\n"
+        f"cache    {s.prompt_slots} prompt + {s.decode_slots} decode slots, {s.kv_bytes / 1e6:.2f} MB: "
+        f"{s.kv_bytes / s.kv_bytes_full:.0%} of the full cache's {s.kv_bytes_full / 1e6:.2f} MB\n"
+        f"time     prefill {prefill:.2f} s, compile {s.compile_s:.1f} s, decode {decode:.2f} s\n"
+        f"speed    {tokens:.0f} tokens in decode steps, {tokens / decode:.1f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
