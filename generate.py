@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from cache import Cache
+from cache import Cache, Now
 from model import Llama, ModelConfig
 from scope import FULL, SCORES, STRATEGIES, Policy
 
@@ -40,26 +40,24 @@ def option(default, help: str, **argument):
 class Options:
     """Every setting and its default; `--help` prints them. ValueError names a value that is impossible."""
 
-    checkpoint: str = option(str(MINI), "directory in Hugging Face format, or hub id", metavar="DIR_OR_HUB_ID")
+    checkpoint: str = option("checkpoints/mini", "directory in Hugging Face format, or hub id", metavar="DIR_OR_HUB_ID")
     policy: str = option("discontinuous", "what happens to generated tokens in the cache", choices=list(STRATEGIES))
     heavy: int = option(64, "heavy hitters: generated tokens kept per KV head for their score")
     recent: int = option(64, "newest generated tokens, always kept")
     score: str = option("cumulative", "what ranks generated tokens", choices=list(SCORES))
-    max_new_tokens: int = option(512, "most tokens to generate; the growing budgets are full there (the paper's T)")
+    max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
     temperature: float = option(0.0, "0: greedy")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
     top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
-    seed: int = option(0, "of the sampling; the same for a prompt alone and in a batch")
+    seed: int = option(0, "of the sampling; a prompt samples the same alone and in a batch")
     ignore_eos: bool = option(False, "do not stop at a stop token")
-    batch_size: int = option(8, "prompts that run together")
+    batch_size: int = option(8, "most prompts that run together")
     device: str = option("auto", "cpu, cuda, cuda:1; auto: cuda if there is one")
-    dtype: str = option(
-        "auto", "of weights and cache; auto: the checkpoint's", choices=["auto", "float32", "bfloat16", "float16"]
-    )
-    compile: bool = option(True, "run eagerly: no compile time, slower steps")
+    dtype: str = option("auto", "of weights and cache: float32, bfloat16, float16; auto: the checkpoint's")
+    compile: bool = option(True, "run eagerly: nothing to wait for, slower steps")
 
     def __post_init__(self):
-        Policy(self.policy, self.heavy, self.recent, self.score)
+        self.rule()
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
@@ -67,10 +65,334 @@ class Options:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
 
+    def rule(self) -> Policy:
+        return Policy(self.policy, self.heavy, self.recent, self.score)
+
 
 def require(holds: bool, name: str, value, wanted: str) -> None:
     if not holds:
         raise ValueError(f"{name} is {value}: it must be {wanted}")
+
+
+# ---- generating -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a batch took. Bytes are allocated ones, of the whole batch; seconds are wall clock."""
+
+    policy: str
+    heavy: int
+    recent: int
+    score: str
+    steps: int  # decode steps: the tokens of the longest row, less the one that prefill gives
+    prompt_slots: int
+    decode_slots: int
+    kv_bytes: int
+    kv_bytes_full: int  # of a full static cache for the same prompt slots + T
+    prefill_s: float
+    compile_s: float  # of the run, the same for all of its batches
+    decode_s: float
+    tokens_per_s: float  # tokens of all rows that decode steps made, over decode_s
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of --output. `token_ids` are the generated ones; `stats` are those of the row's batch."""
+
+    index: int
+    prompt_len: int
+    token_ids: list[int]
+    text: str
+    finish_reason: str  # "stop" or "length"
+    stats: Stats
+
+
+def generate(
+    model: Llama,
+    tokenizer: "Tokenizer",
+    prompts: list[str | list[int]],
+    policy: str = Options.policy,
+    *,
+    on_text=None,
+    on_step=None,
+    prompt_slots: int = 0,
+    **settings,
+) -> Iterator[Result]:
+    """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
+
+    settings: more fields of Options. on_text(index, text) gets text as it is generated, on_step(cache) the cache
+    after prefill and after every step; prompt_slots allocates more than the longest prompt needs. ValueError, before
+    anything is computed, for a prompt or a setting that cannot be run.
+    """
+    options = Options(policy=policy, **settings)
+    prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    check_run(model.config, prompts, options)
+    engine = Engine(model, options, tokenizer.stop_ids, shape_of(prompts, options, prompt_slots))
+    return run(engine, tokenizer, prompts, on_text or (lambda index, text: None), on_step or (lambda cache: None))
+
+
+def check_run(config: ModelConfig, prompts: list[list[int]], options: Options) -> None:
+    if not prompts:
+        raise ValueError("there are no prompts: give at least one")
+    for i, ids in enumerate(prompts):
+        if not ids:
+            raise ValueError(f"prompt {i} is empty: give it at least one token")
+        wrong = [x for x in ids if type(x) is not int or not 0 <= x < config.vocab_size]
+        if wrong:
+            raise ValueError(f"prompt {i} has token id {wrong[0]!r}: the vocabulary is 0 to {config.vocab_size - 1}")
+        check_length(config, f"prompt {i} has {len(ids)} tokens", len(ids) + options.max_new_tokens, options)
+
+
+def check_length(config: ModelConfig, prompt: str, total: int, options: Options) -> None:
+    for limit, what in ((config.max_positions, "positions"), (config.sliding_window, "tokens of sliding window")):
+        if limit and total > limit:
+            more = f"{prompt} and {options.max_new_tokens} may follow: {total} are more than the model's {limit} {what}"
+            raise ValueError(f"{more}; lower --max-new-tokens or shorten the prompt")
+
+
+PROMPT_SLOTS = 64  # prompt slots are a multiple of this: a slightly longer prompt finds its graphs compiled
+
+
+def shape_of(prompts: list[list[int]], options: Options, prompt_slots: int = 0) -> tuple[int, int, int]:
+    """Rows, prompt slots and T of the one cache that all batches of a run share."""
+    longest = max(prompt_slots, *map(len, prompts))
+    return min(options.batch_size, len(prompts)), -(-longest // PROMPT_SLOTS) * PROMPT_SLOTS, options.max_new_tokens
+
+
+def run(engine: "Engine", tokenizer: "Tokenizer", prompts: list[list[int]], on_text, on_step) -> Iterator[Result]:
+    size = engine.shape[0]
+    for first in range(0, len(prompts), size):
+        rows = [Row(first + i, ids, TextStream(tokenizer)) for i, ids in enumerate(prompts[first : first + size])]
+        try:
+            run_batch(engine, rows, on_text, on_step)
+        except KeyboardInterrupt:  # rows that are complete are not lost
+            stats = engine.stats(rows)
+            yield from (row.result(tokenizer, stats) for row in rows if row.stopped)
+            raise
+        stats = engine.stats(rows)
+        yield from (row.result(tokenizer, stats) for row in rows)
+
+
+READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and each read makes it wait
+
+
+def run_batch(engine: "Engine", rows: list["Row"], on_text, on_step) -> None:
+    """Prefill, then decode until every row has stopped or has its most tokens."""
+    unread = [engine.prefill(rows)]
+    on_step(engine.cache)
+    for t in range(1, engine.options.max_new_tokens):
+        if len(unread) == READ_EVERY[engine.device.type]:
+            deliver(engine, rows, unread, on_text)
+            unread.clear()
+            if all(row.stopped for row in rows):
+                return
+        unread.append(engine.decode(t))
+        on_step(engine.cache)
+    deliver(engine, rows, unread, on_text)
+    for row in rows:
+        on_text(row.index, row.stream.push([], last=True))
+
+
+def deliver(engine: "Engine", rows: list["Row"], unread: list[Tensor], on_text) -> None:
+    """The one place where the host waits for the device: some steps' tokens and the stop flags, in one copy."""
+    *steps, stopped = torch.stack([*unread, engine.stopped.long()]).tolist()
+    for i, row in enumerate(rows):
+        if text := row.take([step[i] for step in steps if step[i] >= 0], bool(stopped[i])):
+            on_text(row.index, text)
+
+
+@dataclass
+class Row:
+    """One prompt of a running batch, on the host's side."""
+
+    index: int
+    prompt: list[int]
+    stream: "TextStream"
+    tokens: list[int] = field(default_factory=list)  # generated, a stop token included
+    stopped: bool = False
+
+    def take(self, new: list[int], stopped: bool) -> str:
+        """New tokens, a stop token included -> the text that they complete."""
+        self.tokens += new
+        ended, self.stopped = stopped and not self.stopped, stopped
+        return self.stream.push(new[:-1] if ended else new, last=ended)
+
+    def result(self, tokenizer: "Tokenizer", stats: Stats) -> Result:
+        text = tokenizer.decode(self.tokens[:-1] if self.stopped else self.tokens)
+        reason = "stop" if self.stopped else "length"
+        return Result(self.index, len(self.prompt), self.tokens, text, reason, stats)
+
+
+# ---- the engine -------------------------------------------------------------------------------------------
+
+# Two graphs per policy and shape. A process that sweeps many is no accident, which torch's default of 8 takes it for.
+torch._dynamo.config.recompile_limit = 64
+
+
+def decode_step(
+    model: Llama,
+    cache: Cache,
+    sampler: "Sampler",
+    now: Now,
+    select: bool,
+    token: Tensor,
+    noise: Tensor,
+    stopped: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Feed token [B], choose the next. This is what gets compiled: one graph for append, one for select steps."""
+    attends = cache.selects(now) if select else cache.appends(now)
+    hidden = model(token[:, None], now.position[:, None], attends)
+    return sampler(model.logits(hidden[:, -1]), noise, stopped)
+
+
+class Engine:
+    """One model and one cache; runs batch after batch of prompts through the same buffers and graphs."""
+
+    def __init__(self, model: Llama, options: Options, stop_ids: list[int], shape: tuple[int, int, int]):
+        self.model, self.options, self.shape = model, options, shape
+        self.device = model.embed.weight.device
+        self.cache = self.allocate(options.rule(), self.device)
+        self.sampler = Sampler(options, stop_ids).to(self.device)
+        self.step = decode_step
+        self.compile_s = self.compile() if options.compile else 0.0
+
+    def allocate(self, policy: Policy, device) -> Cache:
+        try:
+            with torch.device(device):
+                return Cache(self.model.config, policy, *self.shape, self.model.embed.weight.dtype)
+        except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
+            raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
+
+    @torch.inference_mode()
+    def compile(self) -> float:
+        """Compile both graphs on the empty cache, so that no step of a run waits for it. Returns seconds."""
+        check_compiler(self.device)
+        began = time.perf_counter()
+        on_gpu = self.device.type == "cuda"
+        mode = "reduce-overhead" if on_gpu else None
+        self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
+        for select in sorted({step.evict > 0 for step in self.cache.steps}):
+            log.info("compiling the %s graph ...", "select" if select else "append")
+            for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay
+                self.begin([0] * self.shape[0])
+                self.decode(1, select)
+        self.wait()
+        return time.perf_counter() - began
+
+    def begin(self, indexes: list[int]) -> None:
+        """Forget the batch before. The sampling noise of a row depends on the seed and its prompt's index alone."""
+        self.cache.reset()
+        self.noise = draw_noise(self.options, indexes).to(self.device)
+        self.token = torch.zeros(len(indexes), dtype=torch.int64, device=self.device)
+        self.stopped = torch.zeros(len(indexes), dtype=torch.bool, device=self.device)
+        self.steps = 0
+
+    @torch.inference_mode()
+    def prefill(self, rows: list[Row]) -> Tensor:
+        """Read the prompts as one right-padded block; returns each row's first token [B].
+
+        A batch shorter than the cache fills up with copies of its last row.
+        """
+        began = time.perf_counter()
+        rows = rows + rows[-1:] * (self.shape[0] - len(rows))
+        self.begin([row.index for row in rows])
+        width = max(len(row.prompt) for row in rows)
+        block = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows], device=self.device)
+        lengths = torch.tensor([len(row.prompt) for row in rows], device=self.device)
+        positions = torch.arange(width, device=self.device).expand_as(block)
+        hidden = self.model(block, positions, self.cache.fills(lengths))
+        logits = self.model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
+        self.token, shown, self.stopped = self.sampler(logits, self.noise[0], self.stopped)
+        self.wait()
+        self.decode_began = time.perf_counter()
+        self.prefill_s = self.decode_began - began
+        return shown
+
+    @torch.inference_mode()
+    def decode(self, t: int, select: bool | None = None) -> Tensor:
+        """Step t, 1-based; returns the tokens to show [B], -1 where a row had stopped. The schedule picks the graph."""
+        select = self.cache.steps[t - 1].evict > 0 if select is None else select
+        now, noise = self.cache.now(t), self.noise[t % len(self.noise)]
+        step = self.step(self.model, self.cache, self.sampler, now, select, self.token, noise, self.stopped)
+        self.token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
+        self.steps = t
+        return shown
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def stats(self, rows: list[Row]) -> Stats:
+        """The figures of the batch that has just been decoded."""
+        self.wait()
+        decode_s = time.perf_counter() - self.decode_began
+        cache, full, rule = self.cache, self.allocate(FULL, "meta"), self.options.rule()
+        return Stats(
+            policy=rule.name,
+            heavy=rule.heavy,
+            recent=rule.recent,
+            score=rule.score,
+            steps=self.steps,
+            prompt_slots=cache.prompt_slots,
+            decode_slots=cache.decode_slots,
+            kv_bytes=cache.nbytes,
+            kv_bytes_full=full.nbytes,
+            prefill_s=self.prefill_s,
+            compile_s=self.compile_s,
+            decode_s=decode_s,
+            tokens_per_s=sum(len(row.tokens) - 1 for row in rows) / decode_s,
+        )
+
+
+def check_compiler(device: torch.device) -> None:
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        raise ValueError("torch.compile finds no C++ compiler here: install g++, or run with --no-compile") from error
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------
+
+
+class Sampler(nn.Module):
+    """Chooses each row's next token and notes which rows have stopped: on the device, in the compiled step."""
+
+    def __init__(self, options: Options, stop_ids: list[int]):
+        super().__init__()
+        self.temperature, self.top_k, self.top_p = options.temperature, options.top_k, options.top_p
+        stop_ids = [] if options.ignore_eos else stop_ids
+        self.register_buffer("stop_ids", torch.tensor(stop_ids, dtype=torch.int64))
+
+    def forward(self, logits: Tensor, noise: Tensor, stopped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [B, vocab], noise and stopped [B] -> the token to feed next, the same or -1 if stopped, stopped."""
+        token = self.sample(logits, noise)
+        return token, torch.where(stopped, -1, token), stopped | torch.isin(token, self.stop_ids)
+
+    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """The token at which the cumulative probability of the likeliest ones passes the noise, uniform in [0, 1)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        vocab = logits.shape[-1]
+        top, ids = (logits / self.temperature).topk(min(self.top_k or vocab, vocab))  # sorted
+        prob = top.softmax(-1)
+        prob = torch.where(prob.cumsum(-1) - prob < self.top_p, prob, 0)  # the token that crosses top_p stays
+        edges = prob.cumsum(-1)
+        choice = (edges <= noise[:, None] * edges[:, -1:]).sum(-1, keepdim=True)
+        return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+def draw_noise(options: Options, indexes: list[int]) -> Tensor:
+    """[T, B] uniform numbers, one for each token. Drawn before the run, so that no graph holds a random state."""
+    if options.temperature == 0:
+        return torch.zeros(options.max_new_tokens, len(indexes), device="cpu")
+    seeds = [(options.seed * 1_000_003 + index) % 2**63 for index in indexes]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(options.max_new_tokens, generator=g, device="cpu") for g in generators], dim=1)
 
 
 # ---- loading ----------------------------------------------------------------------------------------------
@@ -109,6 +431,8 @@ def find_dtype(name: str, raw: dict) -> torch.dtype:
 
 def find_checkpoint(name: str) -> Path:
     """The directory of a checkpoint; a hub id is downloaded into the hub's own cache first."""
+    if name == Options.checkpoint:
+        return MINI
     if Path(name).is_dir():
         return Path(name)
     if Path(name).exists():
@@ -417,289 +741,6 @@ class TextStream:
         return new[len(old) :]
 
 
-# ---- sampling ---------------------------------------------------------------------------------------------
-
-
-def sample(logits: Tensor, noise: Tensor, options: Options) -> Tensor:
-    """logits [B, vocab], noise [B] uniform in [0, 1) -> token ids [B].
-
-    One uniform number per token, drawn per prompt before the run: a row samples the same alone and in a batch.
-    """
-    if options.temperature == 0:
-        return logits.argmax(-1)
-    vocab = logits.shape[-1]
-    top, ids = (logits / options.temperature).topk(min(options.top_k or vocab, vocab))  # sorted
-    prob = top.softmax(-1)
-    prob = torch.where(prob.cumsum(-1) - prob < options.top_p, prob, 0)  # the token that crosses top_p stays
-    edges = prob.cumsum(-1)
-    choice = (edges <= noise[:, None] * edges[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
-
-
-def draw_noise(options: Options, indexes: list[int], device: torch.device) -> Tensor:
-    """[T, B] uniform numbers: column b depends on the seed and on prompt b's index alone."""
-    if options.temperature == 0:
-        return torch.zeros(options.max_new_tokens, len(indexes), device=device)
-    seeds = [(options.seed * 1_000_003 + index) % 2**63 for index in indexes]
-    columns = [torch.rand(options.max_new_tokens, generator=torch.Generator().manual_seed(s)) for s in seeds]
-    return torch.stack(columns, dim=1).to(device)
-
-
-# ---- decoding ---------------------------------------------------------------------------------------------
-
-READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and every read makes it wait
-PROMPT_SLOTS = 64  # prompt slots are a multiple of this: a slightly longer prompt finds its graphs compiled
-
-# Two graphs per policy and shape. A process that sweeps many of them is no accident, as the default of 8 assumes.
-torch._dynamo.config.recompile_limit = 64
-
-
-def decode_step(model: Llama, cache: Cache, now, select: bool, token: Tensor, noise: Tensor, stopped: Tensor,
-                stop_ids: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Feed token [B], choose the next. This is what gets compiled: one graph for append, one for select steps.
-
-    Returns the token to feed, the same with -1 where a row had stopped before, and which rows have stopped.
-    """
-    attends = cache.selects(now) if select else cache.appends(now)
-    hidden = model(token[:, None], now.position[:, None], attends)
-    return choose(model.logits(hidden[:, -1]), noise, stopped, stop_ids, options)
-
-
-def check_compiler(device: torch.device) -> None:
-    if device.type != "cpu":
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except Exception as error:
-        raise ValueError("torch.compile finds no C++ compiler here: install g++, or run with --no-compile") from error
-
-
-def choose(logits: Tensor, noise: Tensor, stopped: Tensor, stop_ids: Tensor, options: Options):
-    token = sample(logits, noise, options)
-    return token, torch.where(stopped, -1, token), stopped | torch.isin(token, stop_ids)
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a batch took. Bytes are allocated ones, of the whole batch; seconds are wall clock."""
-
-    policy: str
-    heavy: int
-    recent: int
-    score: str
-    steps: int  # decode steps run, so tokens of the longest row less the one that prefill gives
-    prompt_slots: int
-    decode_slots: int
-    kv_bytes: int
-    kv_bytes_full: int  # of a full static cache for the same prompt slots + T
-    prefill_s: float
-    compile_s: float  # of the run, the same for all of its batches
-    decode_s: float
-    tokens_per_s: float  # tokens of all rows that decode steps made, over decode_s
-
-
-class Engine:
-    """One model and one cache; runs batch after batch of prompts through the same buffers and graphs."""
-
-    def __init__(self, model: Llama, options: Options, stop_ids: list[int], batch: int, prompt_slots: int):
-        self.model, self.options = model, options
-        self.device = model.embed.weight.device
-        self.shape = (batch, prompt_slots, options.max_new_tokens)
-        self.policy = Policy(options.policy, options.heavy, options.recent, options.score)
-        self.cache = self.allocate(self.policy, self.device)
-        self.stop_ids = torch.tensor([] if options.ignore_eos else stop_ids, dtype=torch.int64, device=self.device)
-        self.step = decode_step
-        self.compile_s = self.compile() if options.compile else 0.0
-
-    def allocate(self, policy: Policy, device) -> Cache:
-        try:
-            with torch.device(device):
-                return Cache(self.model.config, policy, *self.shape, self.model.embed.weight.dtype)
-        except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
-            raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
-
-    @torch.inference_mode()
-    def compile(self) -> float:
-        """Compile both graphs on the empty cache, so that no step of the run waits for it. Returns seconds."""
-        check_compiler(self.device)
-        began = time.perf_counter()
-        mode = "reduce-overhead" if self.device.type == "cuda" else None
-        self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
-        token = torch.zeros(len(self.cache.lengths), dtype=torch.int64, device=self.device)
-        self.begin([0] * len(token))
-        for select in sorted({step.evict > 0 for step in self.cache.steps}):
-            log.info("compiling the %s graph ...", "select" if select else "append")
-            for _ in range(3 if mode else 1):  # CUDA graphs: warm up, record, replay
-                self.decode(1, token, select)
-        self.wait()
-        return time.perf_counter() - began
-
-    def begin(self, indexes: list[int]) -> None:
-        """Forget the last batch."""
-        self.cache.reset()
-        self.noise = draw_noise(self.options, indexes, self.device)
-        self.stopped = torch.zeros(len(indexes), dtype=torch.bool, device=self.device)
-
-    @torch.inference_mode()
-    def start(self, rows: list["Row"]) -> tuple[Tensor, Tensor]:
-        """Prefill: read the prompts as one right-padded block and choose each row's first token.
-
-        A batch shorter than the cache fills up with copies of its last row.
-        """
-        began = time.perf_counter()
-        rows = rows + rows[-1:] * (len(self.cache.lengths) - len(rows))
-        self.begin([row.index for row in rows])
-        lengths = torch.tensor([len(row.prompt) for row in rows], device=self.device)
-        width = int(lengths.max())
-        block = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows], device=self.device)
-        positions = torch.arange(width, device=self.device).expand_as(block)
-        hidden = self.model(block, positions, self.cache.fills(lengths))
-        logits = self.model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
-        token, shown, self.stopped = choose(logits, self.noise[0], self.stopped, self.stop_ids, self.options)
-        self.wait()
-        self.steps, self.decode_began = 0, time.perf_counter()
-        self.prefill_s = self.decode_began - began
-        return token, shown
-
-    @torch.inference_mode()
-    def decode(self, t: int, token: Tensor, select: bool) -> tuple[Tensor, Tensor]:
-        """Step t, 1-based: (the token to feed next, the token to show), each [B]."""
-        now = self.cache.now(t)
-        noise = self.noise[min(t, len(self.noise) - 1)]
-        step = self.step(self.model, self.cache, now, select, token, noise, self.stopped, self.stop_ids, self.options)
-        token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
-        self.steps = t
-        return token, shown
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def stats(self, rows: list["Row"]) -> Stats:
-        """The figures of the batch that has just been decoded."""
-        self.wait()
-        decode_s = time.perf_counter() - self.decode_began
-        decoded = sum(len(row.tokens) - 1 for row in rows)
-        cache, full = self.cache, self.allocate(FULL, "meta")
-        return Stats(
-            self.policy.name, self.policy.heavy, self.policy.recent, self.policy.score, self.steps,
-            cache.prompt_slots, cache.decode_slots, cache.nbytes, full.nbytes,
-            self.prefill_s, self.compile_s, decode_s, decoded / decode_s,
-        )  # fmt: skip
-
-
-@dataclass
-class Row:
-    """One prompt of a running batch, on the host's side."""
-
-    index: int
-    prompt: list[int]
-    stream: TextStream
-    tokens: list[int] = field(default_factory=list)  # generated, a stop token included
-    stopped: bool = False
-
-    def take(self, new: list[int], stopped: bool) -> str:
-        """New tokens, a stop token included -> the text that they complete."""
-        self.tokens += new
-        ended, self.stopped = stopped and not self.stopped, stopped
-        return self.stream.push(new[:-1] if ended else new, last=ended)
-
-    def result(self, tokenizer: Tokenizer, stats: Stats) -> "Result":
-        text = tokenizer.decode(self.tokens[:-1] if self.stopped else self.tokens)
-        reason = "stop" if self.stopped else "length"
-        return Result(self.index, len(self.prompt), self.tokens, text, reason, stats)
-
-
-@dataclass(frozen=True)
-class Result:
-    """One line of --output. `token_ids` are the generated ones; `stats` are those of the row's batch."""
-
-    index: int
-    prompt_len: int
-    token_ids: list[int]
-    text: str
-    finish_reason: str  # "stop" or "length"
-    stats: Stats
-
-
-def generate(model: Llama, tokenizer: Tokenizer, prompts: list, policy: str = Options.policy, *, on_text=None,
-             on_step=None, prompt_slots: int = 0, **settings) -> Iterator[Result]:  # fmt: skip
-    """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
-
-    settings: fields of Options. on_text(index, text) gets the text as it is generated, on_step(cache) the cache
-    after prefill and after every step; prompt_slots allocates more than the longest prompt needs. Raises
-    ValueError, before anything is computed, for a prompt or a setting that cannot be run.
-    """
-    options = Options(policy=policy, **settings)
-    prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    check_run(model.config, prompts, options)
-    longest = max(prompt_slots, *map(len, prompts))
-    batch = min(options.batch_size, len(prompts))
-    slots = -(-longest // PROMPT_SLOTS) * PROMPT_SLOTS
-    return run(
-        model, tokenizer, prompts, options, batch, slots, on_text or (lambda *_: None), on_step or (lambda _: None)
-    )
-
-
-def check_run(config: ModelConfig, prompts: list[list[int]], options: Options) -> None:
-    if not prompts:
-        raise ValueError("there are no prompts: give at least one")
-    for i, ids in enumerate(prompts):
-        if not ids:
-            raise ValueError(f"prompt {i} is empty: give it at least one token")
-        wrong = [x for x in ids if type(x) is not int or not 0 <= x < config.vocab_size]
-        if wrong:
-            raise ValueError(f"prompt {i} has token id {wrong[0]!r}: the vocabulary is 0 to {config.vocab_size - 1}")
-        total = len(ids) + options.max_new_tokens
-        for limit, what in ((config.max_positions, "positions"), (config.sliding_window, "tokens of sliding window")):
-            if limit and total > limit:
-                raise ValueError(f"prompt {i} has {len(ids)} tokens and {options.max_new_tokens} may follow: "
-                                 f"{total} are more than the model's {limit} {what}; lower --max-new-tokens")  # fmt: skip
-
-
-def run(model, tokenizer, prompts, options: Options, batch: int, slots: int, on_text, on_step) -> Iterator[Result]:
-    engine = Engine(model, options, tokenizer.stop_ids, batch, slots)
-    for first in range(0, len(prompts), batch):
-        rows = [Row(first + i, ids, TextStream(tokenizer)) for i, ids in enumerate(prompts[first : first + batch])]
-        try:
-            run_batch(engine, rows, on_text, on_step)
-        except KeyboardInterrupt:  # rows that are complete are not lost
-            stats = engine.stats(rows)
-            yield from (row.result(tokenizer, stats) for row in rows if row.stopped)
-            raise
-        stats = engine.stats(rows)
-        yield from (row.result(tokenizer, stats) for row in rows)
-
-
-def run_batch(engine: Engine, rows: list[Row], on_text, on_step) -> None:
-    """Prefill, then decode until every row has stopped or has its most tokens."""
-    token, shown = engine.start(rows)
-    on_step(engine.cache)
-    unread = [shown]
-    for t in range(1, engine.options.max_new_tokens):
-        if len(unread) == READ_EVERY[engine.device.type]:
-            deliver(engine, rows, unread, on_text)
-            unread.clear()
-            if all(row.stopped for row in rows):
-                return
-        token, shown = engine.decode(t, token, engine.cache.steps[t - 1].evict > 0)
-        on_step(engine.cache)
-        unread.append(shown)
-    deliver(engine, rows, unread, on_text)
-    for row in rows:
-        on_text(row.index, row.stream.push([], last=True))
-
-
-def deliver(engine: Engine, rows: list[Row], unread: list[Tensor], on_text) -> None:
-    """The one place where the host waits for the device: some steps' tokens and the stop flags, in one copy."""
-    *steps, stopped = torch.stack([*unread, engine.stopped.long()]).tolist()
-    for i, row in enumerate(rows):
-        if text := row.take([step[i] for step in steps if step[i] >= 0], bool(stopped[i])):
-            on_text(row.index, text)
-
-
 # ---- the command line -------------------------------------------------------------------------------------
 
 
@@ -832,7 +873,9 @@ def answer(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_aloud(options)
     if arguments.chat:
         prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
-    trace = Trace(arguments.trace, options, len(prompts)) if arguments.trace else None
+    prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+    check_run(model.config, prompts, options)
+    trace = Trace(arguments.trace, options, model, prompts) if arguments.trace else None
     printer = Printer()
     results = generate(model, tokenizer, prompts, **asdict(options), on_text=printer.text, on_step=trace)
     batches: dict[int, Stats] = {}
@@ -920,21 +963,19 @@ class Trace:
 
     LIMIT = 2**30
 
-    def __init__(self, path: str, options: Options, n_prompts: int):
-        if n_prompts > options.batch_size:
-            raise ValueError(f"--trace records one batch: {n_prompts} prompts need --batch-size {n_prompts}")
-        self.path, self.options = path, options
+    def __init__(self, path: str, options: Options, model: Llama, prompts: list[list[int]]):
+        if len(prompts) > options.batch_size:
+            raise ValueError(f"--trace records one batch: {len(prompts)} prompts need --batch-size {len(prompts)}")
+        with torch.device("meta"):  # shapes only
+            cache = Cache(model.config, options.rule(), *shape_of(prompts, options), torch.float32)
+        size = cache.positions().nbytes * options.max_new_tokens
+        if size > self.LIMIT:
+            raise ValueError(f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens")
+        self.path, self.options, self.prompt_slots = path, options, cache.prompt_slots
         self.frames: list[np.ndarray] = []
 
     def __call__(self, cache: Cache) -> None:
-        pos = cache.positions()
-        size = pos.nbytes * self.options.max_new_tokens
-        if size > self.LIMIT:
-            raise ValueError(
-                f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens or --batch-size"
-            )
-        self.prompt_slots = cache.prompt_slots
-        self.frames.append(pos.cpu().numpy())
+        self.frames.append(cache.positions().cpu().numpy())
 
     def save(self) -> None:
         settings = {

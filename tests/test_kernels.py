@@ -1,0 +1,45 @@
+"""Each kernel beside its slow twin."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kernels
+
+scores = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 1e-30, 0.25, 0.5, 1.0, 3.0])
+rows = st.lists(st.tuples(scores, st.booleans()), min_size=3, max_size=12)
+
+
+@given(rows, st.randoms(), st.integers(1, 3))
+def test_lowest_takes_the_lowest_scores_and_of_equal_ones_the_older(row, random, count):
+    order = list(range(len(row)))
+    random.shuffle(order)
+    score, evictable = (torch.tensor([column]) for column in zip(*row, strict=True))
+    pos = torch.tensor([order], dtype=torch.int32)
+    ranked = sorted((s, p, slot) for slot, ((s, ok), p) in enumerate(zip(row, order, strict=True)) if ok)
+    wanted = [slot for _, _, slot in ranked][:count]
+    found = kernels.lowest(score[None], pos[None], evictable[None], count)
+    assert found[0, 0, : len(wanted)].tolist() == wanted
+
+
+def test_write_slots_writes_only_the_named_slot_of_each_head():
+    buffer = torch.zeros(2, 3, 5, 4)
+    slots = torch.tensor([[[0], [4], [2]], [[1], [1], [3]]])
+    values = torch.randn(2, 3, 1, 4)
+    kernels.write_slots(buffer, slots, values)
+    for b in range(2):
+        for h in range(3):
+            assert torch.equal(buffer[b, h, slots[b, h, 0]], values[b, h, 0])
+    assert (buffer != 0).any(-1).sum() == 6
+
+
+def test_attend_slots_equals_sdpa_over_the_live_slots():
+    q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
+    live = torch.rand(2, 3, 11) > 0.4
+    live[:, :, 0] = True
+    y, prob = kernels.attend_slots(q, k, v, live)
+    mask = live.repeat_interleave(2, 1)[:, :, None]
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(prob.sum(-1), torch.ones(2, 3))
+    assert (prob[~live] == 0).all()

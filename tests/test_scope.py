@@ -1,0 +1,105 @@
+"""Schedules: what each policy does to the decode pool, known before anything is computed."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import paper_budget, paper_interval, paper_selects
+
+from scope import SCORES, STRATEGIES, Policy, schedule
+
+sizes = st.integers(0, 24)
+policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, st.sampled_from(list(SCORES)))
+lengths = st.integers(1, 80)
+
+
+def live_after(plan, t):
+    """Generated tokens alive after step t."""
+    return t - sum(step.evict for step in plan.steps[:t])
+
+
+@given(policies, lengths)
+def test_a_selection_leaves_exactly_the_papers_budget(policy, T):
+    plan = schedule(policy, T)
+    for t in range(1, T + 1):
+        if paper_selects(policy.name, policy.heavy, policy.recent, T, t):
+            assert live_after(plan, t) == min(t, paper_budget(policy.name, policy.heavy, policy.recent, T, t))
+
+
+@given(policies, lengths)
+def test_between_selections_the_pool_stays_below_budget_plus_interval(policy, T):
+    plan, interval = schedule(policy, T), paper_interval(policy.name, policy.heavy, policy.recent, T)
+    for t in range(1, T + 1):
+        budget = paper_budget(policy.name, policy.heavy, policy.recent, T, t)
+        assert live_after(plan, t) <= budget + interval - 1
+
+
+@given(policies, lengths)
+def test_no_step_selects_where_the_paper_does_not(policy, T):
+    for t, step in enumerate(schedule(policy, T).steps, 1):
+        assert not step.evict or paper_selects(policy.name, policy.heavy, policy.recent, T, t)
+
+
+@given(policies, lengths)
+def test_every_slot_is_used_before_another_is_allocated(policy, T):
+    plan = schedule(policy, T)
+    most = max(live_after(plan, t) + plan.steps[t - 1].evict for t in range(1, T + 1))
+    assert plan.n_slots == most
+    assert plan.n_slots <= max(policy.heavy + policy.recent + paper_interval(*_numbers(policy), T), 0) or not any(
+        step.evict for step in plan.steps
+    )
+
+
+def _numbers(policy):
+    return policy.name, policy.heavy, policy.recent
+
+
+@given(policies, lengths)
+def test_every_write_goes_to_a_victim_of_the_last_selection_or_to_the_next_fresh_slot(policy, T):
+    plan = schedule(policy, T)
+    free, fresh = [], 0
+    for step in plan.steps:
+        if free:
+            assert step.reuse == free.pop(0)
+        else:
+            assert (step.reuse, step.fresh) == (-1, fresh)
+            fresh += 1
+        if step.evict:
+            assert not free, "victims of the selection before were never overwritten"
+            free = list(range(step.evict))
+
+
+@given(policies, lengths)
+def test_a_budget_of_the_whole_output_never_evicts(policy, T):
+    roomy = Policy(policy.name, T, T, policy.score)
+    assert not any(step.evict for step in schedule(roomy, T).steps)
+
+
+def test_the_papers_example_peaks_three_percent_over_its_budget():
+    """256 + 256 and T = 4096: an interval of 15, so at most 14 tokens above the budget between selections."""
+    policy = Policy("discontinuous", 256, 256, "cumulative")
+    plan = schedule(policy, 4096)
+    assert policy.strategy.interval(policy, 4096) == 15
+    assert max(live_after(plan, t) for t in range(1, 4097)) <= 512 + 14
+    assert plan.n_slots <= 512 + 15
+    assert live_after(plan, 4096) == 512
+
+
+@pytest.mark.parametrize("name", ["slide", "adaptive", "discontinuous", "recent"])
+@pytest.mark.parametrize(("heavy", "recent"), [(0, 0), (0, 5), (5, 0), (100, 100)])
+def test_extreme_budgets_are_legal(name, heavy, recent):
+    plan = schedule(Policy(name, heavy, recent, "cumulative"), 20)
+    assert live_after(plan, 20) == min(20, heavy + recent)
+
+
+@pytest.mark.parametrize(
+    ("name", "heavy", "recent", "score", "complaint"),
+    [
+        ("slid", 1, 1, "current", "unknown policy 'slid': choose from full, slide"),
+        ("slide", -1, 1, "current", "heavy is -1"),
+        ("slide", 1, -2, "current", "recent is -2"),
+        ("slide", 1, 1, "best", "unknown score 'best': choose from cumulative, current"),
+    ],
+)
+def test_impossible_policies_are_refused_by_name(name, heavy, recent, score, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Policy(name, heavy, recent, score)
