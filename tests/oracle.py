@@ -55,10 +55,12 @@ class Oracle:
 
     def attend(self, query: list[float]) -> tuple[dict[int, float], list[float]]:
         live = sorted(self.live)
-        logits = [sum(a * b for a, b in zip(query, self.entries[p][0])) / math.sqrt(len(query)) for p in live]
+        logits = [
+            sum(a * b for a, b in zip(query, self.entries[p][0], strict=True)) / math.sqrt(len(query)) for p in live
+        ]
         top = max(logits)
         weights = [math.exp(x - top) for x in logits]
-        prob = {p: w / sum(weights) for p, w in zip(live, weights)}
+        prob = {p: w / sum(weights) for p, w in zip(live, weights, strict=True)}
         output = [sum(prob[p] * self.entries[p][1][i] for p in live) for i in range(len(query))]
         return prob, output
 

@@ -17,7 +17,8 @@ HEAD_DIM = 4
 def runs(draw):
     """A policy, a length, prompt lengths of a ragged batch, and head counts."""
     size = st.integers(0, 7)
-    policy = Policy(draw(st.sampled_from(list(STRATEGIES))), draw(size), draw(size), draw(st.sampled_from(list(SCORES))))
+    name, score = draw(st.sampled_from(list(STRATEGIES))), draw(st.sampled_from(list(SCORES)))
+    policy = Policy(name, draw(size), draw(size), score)
     prompts = draw(st.lists(st.integers(1, 6), min_size=1, max_size=2))
     heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
     return Run(policy, draw(st.integers(1, 24)), prompts, heads, group, draw(st.integers(0, 10**6)))
@@ -169,7 +170,8 @@ def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
     cache = Cache(config, Policy("slide", 5, 6, "cumulative"), 4, 64, 1000, torch.bfloat16)
     assert cache.layers[0].k.shape == (4, 2, 64 + 5 + 6 + 1, 8)
     kv = 3 * 2 * (4 * 2 * 76 * 8) * 2
-    bookkeeping = 3 * (4 * 2 * 76 * 4 + 4 * 2 * 12 * 4 + 4 * 2 * 1 * 8) + 1000 * 3 * 8 + 4 * 8  # pos, score, victims, plan
+    pos, score, victims = 4 * 2 * 76 * 4, 4 * 2 * 12 * 4, 4 * 2 * 1 * 8
+    bookkeeping = 3 * (pos + score + victims) + 1000 * 3 * 8 + 4 * 8  # and the plan, and the prompt lengths
     assert cache.nbytes == kv + bookkeeping
     full = Cache(config, Policy("full", 5, 6, "cumulative"), 4, 64, 1000, torch.bfloat16)
     assert full.layers[0].k.shape[2] == 64 + 1000

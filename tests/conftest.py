@@ -1,0 +1,16 @@
+import pytest
+import torch
+from checkpoints import make_checkpoint
+from hypothesis import settings
+
+from generate import load
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", derandomize=True, deadline=None)  # the same examples in every run
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random two-layer model with its tokenizer, loaded."""
+    return load(str(make_checkpoint(tmp_path_factory.mktemp("tiny"))))

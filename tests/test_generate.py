@@ -1,0 +1,218 @@
+"""The engine end to end: what must not change the tokens, and what the compiled graphs may not do."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+
+from checkpoints import make_checkpoint
+from generate import Engine, Options, Row, generate, shape_of
+from scope import SCORES, STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+PROMPTS = [[5, 9, 200, 31], [7], [101, 44, 3, 250, 250, 17, 8, 90, 12]]
+RUN = {"heavy": 3, "recent": 4, "max_new_tokens": 30, "compile": False, "ignore_eos": True}
+every_policy = pytest.mark.parametrize("policy", STRATEGIES)
+every_score = pytest.mark.parametrize("score", SCORES)
+
+
+def tokens(tiny, prompts=PROMPTS, policy="discontinuous", **changes):
+    return [result.token_ids for result in generate(*tiny, prompts, policy, **RUN | changes)]
+
+
+# ---- what must not change the tokens
+
+
+@every_policy
+@every_score
+def test_a_budget_of_the_whole_output_gives_the_full_caches_tokens(tiny, policy, score):
+    assert tokens(tiny, policy=policy, score=score, heavy=30, recent=30) == tokens(tiny, policy="full")
+
+
+@every_policy
+def test_a_small_budget_changes_the_tokens(tiny, policy):
+    assert (tokens(tiny, policy=policy) == tokens(tiny, policy="full")) is (policy == "full")
+
+
+@every_policy
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "seed": 4}])
+def test_a_row_of_a_ragged_batch_generates_what_it_generates_alone(tiny, policy, sampling):
+    together = tokens(tiny, policy=policy, **sampling)
+    for batch_size in (1, 2):
+        assert tokens(tiny, policy=policy, batch_size=batch_size, **sampling) == together
+
+
+@every_policy
+@every_score
+def test_a_second_request_equals_the_first(tiny, policy, score):
+    first = tokens(tiny, policy=policy, score=score)
+    tokens(tiny, [[1, 2, 3]], policy="slide", heavy=1, recent=1)
+    assert tokens(tiny, policy=policy, score=score) == first
+
+
+def test_more_prompt_slots_than_needed_change_nothing(tiny):
+    assert tokens(tiny, prompt_slots=200) == tokens(tiny)
+
+
+def test_a_stop_token_ends_a_row_and_only_that_row(tiny):
+    model, tokenizer = tiny
+    free = tokens(tiny)
+    stop = next(t for t in free[0][3:] if t not in free[1])
+    before, tokenizer.stop_ids = tokenizer.stop_ids, [stop]
+    try:
+        results = list(generate(model, tokenizer, PROMPTS[:2], **RUN | {"ignore_eos": False}))
+    finally:
+        tokenizer.stop_ids = before
+    assert results[0].token_ids == free[0][: free[0].index(stop) + 1]
+    assert results[1].token_ids == free[1]
+    assert [r.finish_reason for r in results] == ["stop", "length"]
+    assert results[0].text == tokenizer.decode(results[0].token_ids[:-1])
+
+
+def test_streamed_text_is_the_text_of_the_result(tiny):
+    streamed = dict.fromkeys(range(3), "")
+
+    def on_text(index, piece):
+        streamed[index] += piece
+
+    results = list(generate(*tiny, PROMPTS, on_text=on_text, **RUN))
+    assert [streamed[r.index] for r in results] == [r.text for r in results]
+
+
+def test_a_run_reports_its_own_memory_and_that_of_the_full_cache(tiny):
+    [slide] = generate(*tiny, PROMPTS[:1], "slide", **RUN)
+    [full] = generate(*tiny, PROMPTS[:1], "full", **RUN)
+    assert slide.stats.decode_slots == 3 + 4 + 1
+    assert full.stats.decode_slots == 30
+    assert slide.stats.kv_bytes < slide.stats.kv_bytes_full == full.stats.kv_bytes == full.stats.kv_bytes_full
+    assert slide.stats.steps == 29
+    assert slide.stats.tokens_per_s == pytest.approx(29 / slide.stats.decode_s)
+
+
+# ---- sampling
+
+
+def frequencies(tiny, **sampling):
+    """How often each token is drawn first, by 400 prompts that are all the same."""
+    settings = RUN | {"max_new_tokens": 1, "batch_size": 400, "temperature": 1.0} | sampling
+    drawn = [r.token_ids[0] for r in generate(*tiny, [PROMPTS[0]] * 400, "full", **settings)]
+    return torch.bincount(torch.tensor(drawn), minlength=320) / 400
+
+
+def probabilities(tiny, temperature=1.0):
+    model, _ = tiny
+    ids = torch.tensor([PROMPTS[0]])
+    logits = model.logits(model(ids, torch.arange(ids.shape[1])[None]))[0, -1]
+    return (logits / temperature).softmax(-1)
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0])
+def test_sampling_follows_the_models_distribution(tiny, temperature):
+    wanted = probabilities(tiny, temperature)
+    chance = 0.8 * (wanted * (1 - wanted) / 400).sqrt().sum()  # mean absolute error of 400 fair draws
+    assert (frequencies(tiny, temperature=temperature) - wanted).abs().sum() < 1.3 * chance
+
+
+def test_top_k_and_top_p_cut_the_tail(tiny):
+    prob, order = probabilities(tiny).sort(descending=True)
+    assert set(frequencies(tiny, top_k=3).nonzero().flatten().tolist()) <= set(order[:3].tolist())
+    kept = int((prob.cumsum(0) - prob < 0.5).sum())
+    assert set(frequencies(tiny, top_p=0.5).nonzero().flatten().tolist()) <= set(order[:kept].tolist())
+    assert frequencies(tiny, top_k=1)[order[0]] == 1 == frequencies(tiny, top_p=1e-6)[order[0]]
+
+
+def test_the_seed_and_the_prompts_index_decide_the_draw(tiny):
+    hot = {"temperature": 2.0}
+    assert tokens(tiny, seed=1, **hot) == tokens(tiny, seed=1, **hot) != tokens(tiny, seed=2, **hot)
+    one, two = tokens(tiny, [PROMPTS[0]] * 2, **hot)
+    assert one != two
+
+
+# ---- the compiled graphs
+
+
+def run_steps(engine, prompts):
+    """All decode steps of one batch, as lists of tokens."""
+    rows = [Row(i, ids, None) for i, ids in enumerate(prompts)]
+    first = engine.prefill(rows)
+    return [first.tolist()] + [engine.decode(t).tolist() for t in range(1, engine.options.max_new_tokens)]
+
+
+def engine_for(tiny, **changes):
+    options = Options(**RUN | {"compile": True} | changes)
+    return Engine(tiny[0], options, tiny[1].stop_ids, shape_of(PROMPTS, options))
+
+
+@pytest.mark.slow
+@every_policy
+@every_score
+def test_compiled_equals_eager_and_nothing_recompiles_after_warm_up(tiny, policy, score):
+    eager = run_steps(engine_for(tiny, policy=policy, score=score, compile=False), PROMPTS)
+    engine = engine_for(tiny, policy=policy, score=score)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert run_steps(engine, PROMPTS) == eager
+        other_lengths = [ids + [1, 2, 3] for ids in reversed(PROMPTS)]
+        run_steps(engine, other_lengths)
+        run_steps(engine_for(tiny, policy=policy, score=score), PROMPTS)  # a new cache of the same shape
+
+
+@pytest.mark.slow
+def test_sampling_compiles_to_the_same_tokens(tiny):
+    hot = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
+    assert tokens(tiny, compile=True, **hot) == tokens(tiny, **hot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["full", "slide", "discontinuous"])
+def test_no_graph_holds_a_copy_of_the_cache(tiny, policy):
+    """A scattered write that was not turned back into one in place would allocate a buffer of the cache's size."""
+    engine = engine_for(tiny, policy=policy, score="cumulative", compile=False)
+    layer, engine.step = engine.cache.layers[0], torch.compile(engine.step, fullgraph=True, dynamic=False)
+    torch._dynamo.reset()
+    with torch._inductor.utils.fresh_cache():
+        for select in sorted({step.evict > 0 for step in engine.cache.steps}):
+            engine.begin([0] * 3)
+            _, [code] = run_and_get_code(engine.decode, 1, select)
+            sizes = [
+                [int(n) for n in re.findall(r"\d+", found)]
+                for found in re.findall(r"empty_strided_cpu\(\((.*?)\)", code)
+            ]
+            assert sizes, "no buffer found: the pattern no longer fits the generated code"
+            assert max(torch.Size(size).numel() for size in sizes) < layer.k.numel()
+
+
+# ---- a new score
+
+
+NEW_SCORE = '''
+def best_ever(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+    """The most attention that any one step has given."""
+    return score.maximum(prob)
+
+
+SCORES = {
+    "best_ever": Score(best_ever),'''
+
+
+def test_a_new_score_is_one_function_and_one_table_line(tmp_path):
+    assert len(NEW_SCORE.strip().splitlines()) <= 15
+    for file in ("scope.py", "cache.py", "kernels.py", "model.py", "generate.py"):
+        shutil.copy(ROOT / file, tmp_path)
+    source = (tmp_path / "scope.py").read_text()
+    assert source.count("\nSCORES = {") == 1
+    (tmp_path / "scope.py").write_text(source.replace("\nSCORES = {", NEW_SCORE))
+    checkpoint = make_checkpoint(tmp_path / "tiny")
+    kept = {}
+    for score in ("cumulative", "best_ever"):
+        command = f"generate.py --checkpoint {checkpoint} --prompt cat --policy slide --heavy 3 --recent 3 --ignore-eos"
+        command += f" --max-new-tokens 30 --no-compile --score {score} --trace {score}.npz"
+        ran = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        kept[score] = np.load(tmp_path / f"{score}.npz")["pos"]
+    assert (kept["cumulative"] != kept["best_ever"]).any()
