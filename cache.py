@@ -1,8 +1,8 @@
 """The static KV cache: every buffer allocated once, then filled, appended to and evicted from in place.
 
-    slot   0                 prompt_slots                       n_slots
-           | the prompt, frozen | generated tokens, any order ... |
-    pos    | 0 1 2 3 4 .. -1 -1 | 17  9 12 -1 16 ...              |    -1: dead, nothing attends to it
+    slot   0               prompt_slots                       n_slots
+           | the prompt's    | generated tokens, any order ... |
+    pos    | 0 1 4 5 7 .. -1 | 17  9 12 -1 16 ...              |    -1: dead, nothing attends to it
 
 A token never moves. Eviction marks its slot dead, and a later token overwrites it: K and V are written
 once per token and never gathered. The order of slots means nothing, because RoPE is applied before caching.
@@ -13,36 +13,39 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 import kernels
 from model import ModelConfig
-from scope import SCORES, Policy, schedule
+from scope import Policy, Prompt, for_layer, schedule
+
+PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer one finds its graphs compiled
 
 
 class Now(NamedTuple):
     """One decode step, as tensors: nothing here is a Python number that a compiled graph would freeze."""
 
     position: Tensor  # [B] of the token being written
-    reuse: Tensor  # the three fields of scope.Step, 0-dim
-    fresh: Tensor
-    evict: Tensor
+    kept: Tensor  # [n_layers, B] tokens kept of the prompt, per KV head
+    plan: Tensor  # [n_layers, 3]: each layer's scope.Step
 
 
 class LayerCache(nn.Module):
     """One layer's slots. `fill`, `append` and `select` are what the model calls attention."""
 
-    def __init__(self, shape: tuple[int, int, int, int], prompt_slots: int, max_evict: int, policy: Policy, dtype):
+    def __init__(self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, dtype):
         super().__init__()
-        batch, n_kv_heads, n_slots, head_dim = shape
+        batch, n_kv_heads, n_slots, _ = shape  # and head_dim
+        self.layer = layer
         self.prompt_slots = prompt_slots
         self.max_evict = max_evict
-        self.window = policy.strategy.window(policy)
-        self.score_rule = SCORES[policy.score]
+        self.policy = policy
+        self.pool = prompt_slots if policy.strategy.frozen_prompt else 0  # the first slot that may ever be evicted
+        self.scored = bool(max_evict) and policy.ranking.every_step
         self.register_buffer("k", torch.zeros(shape, dtype=dtype))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype))
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
-        scored = n_slots - prompt_slots if max_evict else 0  # only what may be evicted is ranked
-        self.register_buffer("score", torch.zeros(batch, n_kv_heads, scored))
+        self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_slots - self.pool if max_evict else 0))
         self.register_buffer("victims", torch.zeros(batch, n_kv_heads, max_evict, dtype=torch.int64))
 
     def reset(self) -> None:
@@ -50,81 +53,157 @@ class LayerCache(nn.Module):
             buffer.zero_()
         self.pos.fill_(-1)
 
-    def fill(self, lengths: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Prefill: the prompt's K and V [B, H, S, head_dim] take the first S slots; padding stays dead."""
-        index = torch.arange(k.shape[2], device=k.device, dtype=torch.int32)
-        self.k[:, :, : k.shape[2]] = k
-        self.v[:, :, : k.shape[2]] = v
-        self.pos[:, :, : k.shape[2]] = torch.where(index < lengths[:, None], index, -1)[:, None]
-        return kernels.causal_attention(q, k, v)
+    # ---- prefill
+
+    def fill(self, lengths: Tensor, kept: Tensor | None, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention over the whole prompt; of its K and V [B, H, S, head_dim] only what is kept is ever stored.
+
+        lengths and kept [B]: tokens of each row's prompt, and how many of them stay; None: all.
+        """
+        y = kernels.causal_attention(q, k, v)
+        slot = kernels.slot_numbers(k)
+        pos = torch.where(slot < lengths[:, None, None], slot, -1)
+        score = self.prompt_score(q, k, lengths)
+        if kept is not None:
+            pos = self.choose(lengths, kept, prompt, q, k)
+            k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
+        n = pos.shape[2]
+        self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] = k, v, pos
+        if self.pool == 0 and self.max_evict:
+            self.score[:, :, :n] = score
+        return y
+
+    def prompt_score(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+        """[B, H, S]: what the prompt's own queries make of each token, where prompt and output share one pool."""
+        if self.pool or not self.scored:
+            return torch.zeros(k.shape[:3], device=k.device)
+        received = kernels.received_attention(q, k, lengths)
+        seen_by = lengths[:, None, None] - kernels.slot_numbers(k)  # queries
+        return self.policy.ranking.update(torch.zeros_like(received), received, seen_by)
+
+    def choose(self, lengths: Tensor, kept: Tensor, prompt: Prompt, q: Tensor, k: Tensor) -> Tensor:
+        """The prompt positions that stay, [B, H, prompt_slots] int32, -1 = none."""
+        score = prompt.compressor.score(q, k, lengths, prompt.obs_window)
+        newest = kernels.slot_numbers(k) >= lengths[:, None, None] - prompt.obs_window
+        others = (kept - prompt.obs_window).clamp(min=0)
+        floor = kept - others + (others * prompt.compressor.head_floor).long()
+        return kernels.highest(score.masked_fill(newest, torch.inf), lengths, kept, floor, self.prompt_slots)
+
+    # ---- decode
 
     def append(self, now: Now, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write one token, attend to everything live, itself included."""
         self.write(now, k, v)
         y, prob = kernels.attend_slots(q, self.k, self.v, self.pos >= 0)
-        if self.max_evict and self.score_rule.every_step:
+        if self.scored:
             self.update_score(now, prob)
         return y
 
     def select(self, now: Now, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `append`; then the lowest-scored generated tokens die, by the score that includes this step."""
+        """As `append`; then the lowest-scored tokens die, by the score that includes this step."""
         self.write(now, k, v)
         y, prob = kernels.attend_slots(q, self.k, self.v, self.pos >= 0)
-        self.update_score(now, prob)
-        self.evict(now)
+        if self.max_evict:
+            self.update_score(now, prob)
+            self.evict(now)
         return y
 
     def write(self, now: Now, k: Tensor, v: Tensor) -> None:
-        slot = self.next_slot(now)
+        slot = self.next_slot(*now.plan[self.layer, :2])
         kernels.write_slots(self.k, slot, k)
         kernels.write_slots(self.v, slot, v)
         kernels.write_slots(self.pos, slot, now.position.int()[:, None, None].expand_as(slot))
 
-    def next_slot(self, now: Now) -> Tensor:
+    def next_slot(self, reuse: Tensor, fresh: Tensor) -> Tensor:
         """[B, H, 1]: each head's own victim of the last selection, or the fresh slot they all have in common."""
-        fresh = (now.fresh + self.prompt_slots).expand(*self.pos.shape[:2], 1)
+        fresh = (fresh + self.prompt_slots).expand(*self.pos.shape[:2], 1)
         if not self.max_evict:
             return fresh
-        victim = self.victims.index_select(-1, now.reuse.clamp(min=0).view(1))
-        return torch.where(now.reuse >= 0, victim, fresh)
+        victim = self.victims.index_select(-1, reuse.clamp(min=0).view(1))
+        return torch.where(reuse >= 0, victim, fresh)
 
     def age(self, now: Now) -> Tensor:
-        """[B, H, n_decode_slots] steps that have seen each generated token; 1 for the newest."""
-        return now.position.int()[:, None, None] - self.pos[:, :, self.prompt_slots :] + 1
+        """[B, H, n] steps that have seen each token that may be evicted; 1 for the newest."""
+        return now.position.int()[:, None, None] - self.pos[:, :, self.pool :] + 1
 
     def update_score(self, now: Now, prob: Tensor) -> None:
         age = self.age(now)
         inherited = torch.where(age == 1, 0.0, self.score)  # a new token starts from nothing, not from its victim
-        self.score.copy_(self.score_rule.update(inherited, prob[:, :, self.prompt_slots :], age))
+        self.score.copy_(self.policy.ranking.update(inherited, prob[:, :, self.pool :], age))
 
     def evict(self, now: Now) -> None:
-        """The `now.evict` lowest-scored of the tokens older than the window die. No K or V moves."""
-        pos = self.pos[:, :, self.prompt_slots :]
-        evictable = (pos >= 0) & (self.age(now) > self.window)
-        victims = kernels.lowest(self.score, pos, evictable, self.max_evict) + self.prompt_slots
-        dies = torch.arange(self.max_evict, device=pos.device) < now.evict
+        """The lowest-scored of the tokens older than the window die, as many as the plan says. No K or V moves."""
+        pos = self.pos[:, :, self.pool :]
+        window = self.policy.strategy.window(self.policy, now.kept[self.layer][:, None, None])
+        evictable = (pos >= 0) & (self.age(now) > window)
+        victims = kernels.lowest(self.score, pos, evictable, self.max_evict) + self.pool
+        count = now.plan[self.layer, 2]
+        dies = torch.arange(self.max_evict, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
-        self.victims.copy_(victims)
+        self.victims.copy_(torch.where(count > 0, victims, self.victims))  # 0: only another layer selects now
+
+
+def pick(x: Tensor, pos: Tensor) -> Tensor:
+    """x [B, H, S, d], pos [B, H, n] -> [B, H, n, d]; where pos is -1, anything."""
+    return x.gather(2, pos.clamp(min=0).long()[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
 class Cache(nn.Module):
-    """All layers of one batch, for one policy and one length. The only state there is between two steps."""
+    """All layers of one batch, for one policy and one length. The only state there is between two steps.
 
-    def __init__(self, config: ModelConfig, policy: Policy, batch: int, prompt_slots: int, max_new_tokens: int, dtype):
+    lengths: of the prompts that it must have room for; T: most tokens to generate.
+    """
+
+    def __init__(
+        self, config: ModelConfig, policy: Policy, prompt: Prompt, batch: int, lengths: list[int], T: int, dtype
+    ):
         super().__init__()
-        plan = schedule(policy, max_new_tokens)
-        shape = (batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
-        self.prompt_slots = prompt_slots
-        self.steps = plan.steps
-        self.layers = nn.ModuleList(
-            LayerCache(shape, prompt_slots, plan.max_evict, policy, dtype) for _ in range(config.n_layers)
-        )
+        self.config, self.policy, self.prompt = config, policy, prompt
+        policies = [for_layer(policy, layer, config.n_layers) for layer in range(config.n_layers)]
+        plans = [schedule(each, T) for each in policies]
+        self.layers = nn.ModuleList()
+        for layer, (each, plan) in enumerate(zip(policies, plans, strict=True)):
+            prompt_slots = self.slots_for(layer, lengths)
+            shape = (batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
+            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, dtype))
+        steps = list(zip(*(plan.steps for plan in plans), strict=True))  # [T][n_layers]
+        self.selects_at = [any(step.evict for step in layers) for layers in steps]  # the host's copy of the plan
+        self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
         self.register_buffer("lengths", torch.zeros(batch, dtype=torch.int64))
-        self.register_buffer("plan", torch.tensor(plan.steps).view(-1, 3))
+        self.register_buffer("kept", torch.zeros(config.n_layers, batch, dtype=torch.int64))
+
+    def slots_for(self, layer: int, lengths: list[int]) -> int:
+        """Prompt slots of a layer: whole prompts are rounded up, a compressed one takes what its budget says."""
+        whole = -(-max(lengths) // PROMPT_SLOTS) * PROMPT_SLOTS
+        most = max(self.kept_of(layer, length) for length in lengths)
+        if most == max(lengths):
+            return whole
+        others = most - min(self.prompt.obs_window, most)
+        shared = others - int(others * self.prompt.compressor.head_floor)  # what each head may lose to another
+        return min(whole, most + shared * (self.config.n_kv_heads - 1))
+
+    def kept_of(self, layer: int, length: int) -> int:
+        """Tokens that stay of a prompt per KV head of this layer; the mean of its heads where they differ."""
+        if self.prompt.compressor.score is None:
+            return length
+        spread = self.prompt.compressor.spread or self.policy.strategy.spread
+        return spread(self.prompt.budget, layer, self.config.n_layers, length)
 
     @property
-    def decode_slots(self) -> int:
-        return self.layers[0].pos.shape[2] - self.prompt_slots
+    def slots(self) -> tuple[list[int], list[int]]:
+        """Prompt slots and decode slots of each layer."""
+        prompt = [layer.prompt_slots for layer in self.layers]
+        return prompt, [layer.pos.shape[2] - n for layer, n in zip(self.layers, prompt, strict=True)]
+
+    def live(self) -> Tensor:
+        """[B] tokens held now per KV head, the mean of layers and heads."""
+        return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers]).mean(0)
+
+    def decode_peak(self, t: int) -> float:
+        """The most tokens beyond the prompt's that a KV head has held up to step t, the mean of the layers."""
+        evict = self.plan[:t, :, 2].cpu()
+        held = torch.arange(1, t + 1)[:, None] - evict.cumsum(0) + evict  # [t, n_layers], as the step attends
+        return held.amax(0).float().mean().item() if t else 0.0
 
     @property
     def nbytes(self) -> int:
@@ -132,22 +211,29 @@ class Cache(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def positions(self) -> Tensor:
-        """[n_layers, B, n_kv_heads, n_slots] int32: the token that each slot holds, -1 = dead."""
-        return torch.stack([layer.pos for layer in self.layers])
+        """[n_layers, B, n_kv_heads, n_slots] int32: the token in each slot, -1 = dead; short layers end in -1."""
+        n_slots = max(layer.pos.shape[2] for layer in self.layers)
+        return torch.stack([pad(layer.pos, (0, n_slots - layer.pos.shape[2]), value=-1) for layer in self.layers])
 
     def reset(self) -> None:
         self.lengths.zero_()
+        self.kept.zero_()
         for layer in self.layers:
             layer.reset()
 
-    def fills(self, lengths: Tensor) -> list:
-        """Per layer, the attention of a prefill of right-padded prompts of these lengths [B]."""
-        self.lengths.copy_(lengths)
-        return [partial(layer.fill, self.lengths) for layer in self.layers]
+    def fills(self, lengths: list[int]) -> list:
+        """Per layer, the attention of a prefill of right-padded prompts of these lengths."""
+        kept = [[self.kept_of(layer.layer, length) for length in lengths] for layer in self.layers]
+        self.lengths.copy_(torch.tensor(lengths))
+        self.kept.copy_(torch.tensor(kept))
+        keeps = [None if row == lengths else self.kept[layer] for layer, row in enumerate(kept)]
+        return [
+            partial(layer.fill, self.lengths, keep, self.prompt) for layer, keep in zip(self.layers, keeps, strict=True)
+        ]
 
     def now(self, t: int) -> Now:
         """Step t, 1-based."""
-        return Now(self.lengths + (t - 1), *self.plan[t - 1])
+        return Now(self.lengths + (t - 1), self.kept, self.plan[t - 1])
 
     def appends(self, now: Now) -> list:
         return [partial(layer.append, now) for layer in self.layers]

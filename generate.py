@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from cache import Cache, Now
 from model import Llama, ModelConfig
-from scope import FULL, SCORES, STRATEGIES, Policy
+from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE, Policy, Prompt
 
 log = logging.getLogger("scope")
 MINI = Path(__file__).parent / "checkpoints" / "mini"
@@ -45,6 +45,9 @@ class Options:
     heavy: int = option(64, "heavy hitters: generated tokens kept per KV head for their score")
     recent: int = option(64, "newest generated tokens, always kept")
     score: str = option("cumulative", "what ranks generated tokens", choices=list(SCORES))
+    compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
+    prompt_budget: int = option(2048, "prompt tokens that --compress keeps per KV head")
+    obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
     temperature: float = option(0.0, "0: greedy")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
@@ -57,7 +60,7 @@ class Options:
     compile: bool = option(True, "run eagerly: nothing to wait for, slower steps")
 
     def __post_init__(self):
-        self.rule()
+        self.rules()
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
@@ -65,8 +68,10 @@ class Options:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
 
-    def rule(self) -> Policy:
-        return Policy(self.policy, self.heavy, self.recent, self.score)
+    def rules(self) -> tuple[Policy, Prompt]:
+        """What scope.py makes of these settings, for the decode and for the prefill phase."""
+        policy = Policy(self.policy, self.heavy, self.recent, self.score)
+        return policy, Prompt(self.compress, self.prompt_budget, self.obs_window)
 
 
 def require(holds: bool, name: str, value, wanted: str) -> None:
@@ -85,9 +90,13 @@ class Stats:
     heavy: int
     recent: int
     score: str
+    compress: str
+    prompt_budget: int
+    obs_window: int
     steps: int  # decode steps: the tokens of the longest row, less the one that prefill gives
-    prompt_slots: int
+    prompt_slots: int  # allocated per KV head, the mean of the layers
     decode_slots: int
+    live_peak: float  # most tokens held at a time per KV head by the fullest row, the mean of layers and heads
     kv_bytes: int
     kv_bytes_full: int  # of a full static cache for the same prompt slots + T
     prefill_s: float
@@ -151,13 +160,10 @@ def check_length(config: ModelConfig, prompt: str, total: int, options: Options)
             raise ValueError(f"{more}; lower --max-new-tokens or shorten the prompt")
 
 
-PROMPT_SLOTS = 64  # prompt slots are a multiple of this: a slightly longer prompt finds its graphs compiled
-
-
-def shape_of(prompts: list[list[int]], options: Options, prompt_slots: int = 0) -> tuple[int, int, int]:
-    """Rows, prompt slots and T of the one cache that all batches of a run share."""
-    longest = max(prompt_slots, *map(len, prompts))
-    return min(options.batch_size, len(prompts)), -(-longest // PROMPT_SLOTS) * PROMPT_SLOTS, options.max_new_tokens
+def shape_of(prompts: list[list[int]], options: Options, prompt_slots: int = 0) -> tuple[int, list[int], int]:
+    """Rows, prompt lengths and T of the one cache that all batches of a run share."""
+    lengths = sorted({len(ids) for ids in prompts} | ({prompt_slots} if prompt_slots else set()))
+    return min(options.batch_size, len(prompts)), lengths, options.max_new_tokens
 
 
 def run(engine: "Engine", tokenizer: "Tokenizer", prompts: list[list[int]], on_text, on_step) -> Iterator[Result]:
@@ -249,18 +255,18 @@ def decode_step(
 class Engine:
     """One model and one cache; runs batch after batch of prompts through the same buffers and graphs."""
 
-    def __init__(self, model: Llama, options: Options, stop_ids: list[int], shape: tuple[int, int, int]):
+    def __init__(self, model: Llama, options: Options, stop_ids: list[int], shape: tuple[int, list[int], int]):
         self.model, self.options, self.shape = model, options, shape
         self.device = model.embed.weight.device
-        self.cache = self.allocate(options.rule(), self.device)
+        self.cache = self.allocate(*options.rules(), self.device)
         self.sampler = Sampler(options, stop_ids).to(self.device)
         self.step = decode_step
         self.compile_s = self.compile() if options.compile else 0.0
 
-    def allocate(self, policy: Policy, device) -> Cache:
+    def allocate(self, policy: Policy, prompt: Prompt, device) -> Cache:
         try:
             with torch.device(device):
-                return Cache(self.model.config, policy, *self.shape, self.model.embed.weight.dtype)
+                return Cache(self.model.config, policy, prompt, *self.shape, self.model.embed.weight.dtype)
         except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
             raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
 
@@ -272,7 +278,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         mode = "reduce-overhead" if on_gpu else None
         self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
-        for select in sorted({step.evict > 0 for step in self.cache.steps}):
+        for select in sorted(set(self.cache.selects_at)):
             log.info("compiling the %s graph ...", "select" if select else "append")
             for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay
                 self.begin([0] * self.shape[0])
@@ -301,18 +307,19 @@ class Engine:
         block = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows], device=self.device)
         lengths = torch.tensor([len(row.prompt) for row in rows], device=self.device)
         positions = torch.arange(width, device=self.device).expand_as(block)
-        hidden = self.model(block, positions, self.cache.fills(lengths))
+        hidden = self.model(block, positions, self.cache.fills(lengths.tolist()))
         logits = self.model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
         self.token, shown, self.stopped = self.sampler(logits, self.noise[0], self.stopped)
         self.wait()
+        self.prefill_s = time.perf_counter() - began
+        self.prompt_live = self.cache.live().amax().item()
         self.decode_began = time.perf_counter()
-        self.prefill_s = self.decode_began - began
         return shown
 
     @torch.inference_mode()
     def decode(self, t: int, select: bool | None = None) -> Tensor:
         """Step t, 1-based; returns the tokens to show [B], -1 where a row had stopped. The schedule picks the graph."""
-        select = self.cache.steps[t - 1].evict > 0 if select is None else select
+        select = self.cache.selects_at[t - 1] if select is None else select
         now, noise = self.cache.now(t), self.noise[t % len(self.noise)]
         step = self.step(self.model, self.cache, self.sampler, now, select, self.token, noise, self.stopped)
         self.token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
@@ -327,22 +334,25 @@ class Engine:
         """The figures of the batch that has just been decoded."""
         self.wait()
         decode_s = time.perf_counter() - self.decode_began
-        cache, full, rule = self.cache, self.allocate(FULL, "meta"), self.options.rule()
+        prompt_slots, decode_slots = (round(sum(n) / len(n)) for n in self.cache.slots)
         return Stats(
-            policy=rule.name,
-            heavy=rule.heavy,
-            recent=rule.recent,
-            score=rule.score,
+            **settings_in_stats(self.options),
             steps=self.steps,
-            prompt_slots=cache.prompt_slots,
-            decode_slots=cache.decode_slots,
-            kv_bytes=cache.nbytes,
-            kv_bytes_full=full.nbytes,
+            prompt_slots=prompt_slots,
+            decode_slots=decode_slots,
+            live_peak=self.prompt_live + self.cache.decode_peak(self.steps),
+            kv_bytes=self.cache.nbytes,
+            kv_bytes_full=self.allocate(FULL, WHOLE, "meta").nbytes,
             prefill_s=self.prefill_s,
             compile_s=self.compile_s,
             decode_s=decode_s,
             tokens_per_s=sum(len(row.tokens) - 1 for row in rows) / decode_s,
         )
+
+
+def settings_in_stats(options: Options) -> dict:
+    names = {entry.name for entry in fields(Stats)}
+    return {name: value for name, value in asdict(options).items() if name in names}
 
 
 def check_compiler(device: torch.device) -> None:
@@ -967,23 +977,24 @@ class Trace:
         if len(prompts) > options.batch_size:
             raise ValueError(f"--trace records one batch: {len(prompts)} prompts need --batch-size {len(prompts)}")
         with torch.device("meta"):  # shapes only
-            cache = Cache(model.config, options.rule(), *shape_of(prompts, options), torch.float32)
+            cache = Cache(model.config, *options.rules(), *shape_of(prompts, options), torch.float32)
         size = cache.positions().nbytes * options.max_new_tokens
         if size > self.LIMIT:
             raise ValueError(f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens")
-        self.path, self.options, self.prompt_slots = path, options, cache.prompt_slots
+        self.path, self.options, self.prompt_slots = path, options, cache.slots[0]
         self.frames: list[np.ndarray] = []
 
     def __call__(self, cache: Cache) -> None:
         self.frames.append(cache.positions().cpu().numpy())
 
     def save(self) -> None:
-        settings = {
-            name: getattr(self.options, name) for name in ("policy", "heavy", "recent", "score", "max_new_tokens")
-        }
+        settings = settings_in_stats(self.options) | {"max_new_tokens": self.options.max_new_tokens}
+        slots = (
+            self.prompt_slots[0] if len(set(self.prompt_slots)) == 1 else self.prompt_slots
+        )  # by layer if they differ
         unfinished = Path(self.path + ".part")
         with open(unfinished, "wb") as file:
-            np.savez_compressed(file, pos=np.stack(self.frames), prompt_slots=self.prompt_slots, **settings)
+            np.savez_compressed(file, pos=np.stack(self.frames), prompt_slots=slots, **settings)
         unfinished.replace(self.path)
 
 

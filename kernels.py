@@ -1,11 +1,13 @@
-"""The tensor ops of attention and eviction: plain PyTorch that `torch.compile` fuses.
+"""The tensor ops of attention, scoring and eviction: plain PyTorch that `torch.compile` fuses.
 
-Each is readable next to a slow twin in `tests/oracle.py`. H is n_kv_heads, G the query heads of one KV head.
+Each is readable next to a slow twin in tests/. H is n_kv_heads, G the query heads of one KV head.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# ---- prefill ----------------------------------------------------------------------------------------------
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -14,6 +16,42 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Right-padded rows need no mask: no real token looks to its right.
     """
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+
+QUERY_BLOCK = 256  # queries scored at a time: memory grows with S, never with S x S
+
+
+def received_attention(q: Tensor, k: Tensor, lengths: Tensor, last: int | None = None) -> Tensor:
+    """Attention probability that each prompt token receives, summed over queries and averaged over the group.
+
+    q [B, H * G, S, head_dim], k [B, H, S, head_dim], lengths [B] -> [B, H, S] float32. Queries: all of the prompt's,
+    or the `last` ones of each row; causal.
+    """
+    S = k.shape[2]
+    received = torch.zeros(k.shape[:3], device=k.device)
+    if last is not None:
+        asking = lengths[:, None] - last + torch.arange(last, device=k.device)  # [B, last] query positions
+        return add_received(received, q, k, asking)
+    for start in range(0, S, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, S)
+        asking = torch.arange(start, end, device=k.device).expand(len(lengths), -1)
+        asking = torch.where(asking < lengths[:, None], asking, -1)  # padding asks nothing
+        add_received(received[:, :, :end], q, k[:, :, :end], asking)
+    return received
+
+
+def add_received(received: Tensor, q: Tensor, k: Tensor, asking: Tensor) -> Tensor:
+    """Add what the queries at positions `asking` [B, n] (negative: none) give to each key; in place."""
+    index = asking.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    grouped = q.gather(2, index).unflatten(1, (k.shape[1], -1))  # [B, H, G, n, head_dim]
+    logits = (grouped @ k[:, :, None].transpose(-1, -2)).float() * k.shape[-1] ** -0.5  # [B, H, G, n, S]
+    hidden = torch.arange(k.shape[2], device=k.device) > asking[:, :, None]  # [B, n, S]: causal
+    prob = logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
+    received += prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a negative position sees no key at all
+    return received
+
+
+# ---- decode -----------------------------------------------------------------------------------------------
 
 
 def attend_slots(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,15 +76,47 @@ def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
     buffer[rows, heads, slots] = values
 
 
-def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
-    """The `count` slots to evict first, [B, H, count]: lowest score first, of equal scores the older token.
+def slot_numbers(k: Tensor) -> Tensor:
+    """[B, H, n, ...] -> 0 .. n - 1, as [B, H, n] int32."""
+    return torch.arange(k.shape[2], device=k.device, dtype=torch.int32).expand(k.shape[:3])
 
-    score float32, pos int32, evictable bool, each [B, H, n_slots]. Score and position make one integer: a float's
-    bits order like the float (negative ones after a flip), so they fill the high half and the position the low.
+
+# ---- ranking ----------------------------------------------------------------------------------------------
+
+
+def rank_key(score: Tensor, pos: Tensor) -> Tensor:
+    """One int64 that orders by score, and of equal scores the older token lower. score float32, pos int32.
+
+    A float's bits order like the float (negative ones after a flip): they fill the high half, the position the low.
     """
     bits = (score + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    key = torch.where(evictable, (bits.long() << 32) | pos.long(), torch.iinfo(torch.int64).max)
+    return (bits.long() << 32) | pos.long()
+
+
+def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
+    """The `count` slots to evict first, [B, H, count]: lowest score first, of equal scores the older token.
+
+    score float32, pos int32, evictable bool, each [B, H, n_slots].
+    """
+    key = torch.where(evictable, rank_key(score, pos), torch.iinfo(torch.int64).max)
     if count == 1:
         return key.argmin(-1, keepdim=True)
     return key.topk(count, largest=False, sorted=True).indices
+
+
+def highest(score: Tensor, lengths: Tensor, budget: Tensor, floor: Tensor, n_slots: int) -> Tensor:
+    """The prompt tokens to keep: positions [B, H, n_slots] in ascending order, -1 where a slot stays empty.
+
+    score [B, H, S], lengths [B]. Each head keeps its best `floor` [B] tokens; the heads of a row share what is left of
+    H * `budget` [B] among their best others.
+    """
+    B, H, S = score.shape
+    pos = slot_numbers(score)
+    key = torch.where(pos < lengths[:, None, None], rank_key(score, pos), torch.iinfo(torch.int64).min)
+    rank = key.argsort(-1, descending=True).argsort(-1)  # within the head, 0 = best
+    shared = torch.where(rank < floor[:, None, None], torch.iinfo(torch.int64).max, key)
+    overall = shared.flatten(1).argsort(stable=True, dim=-1, descending=True).argsort(-1).view(B, H, S)
+    kept = (overall < H * budget[:, None, None]) & (pos < lengths[:, None, None])
+    positions = torch.where(kept, pos, S).sort(-1).values[:, :, :n_slots]
+    return torch.where(positions < S, positions, -1)

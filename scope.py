@@ -1,19 +1,25 @@
-"""SCOPE's policies as data: how many generated tokens may stay, when to choose among them, by which score.
+"""SCOPE's policies as data: what of the prompt and of the output may stay, when to choose, by which score.
 
 Plain Python and small pure functions: no model and no cache in here. Symbols follow the paper (arXiv
-2412.13649): t is the decode step, 1-based; T the most tokens to generate; beta1 = heavy, beta2 = recent.
+2412.13649): t is the decode step, 1-based; T the most tokens to generate; alpha2 = obs_window, beta1 = heavy,
+beta2 = recent. Three tables hold every method: STRATEGIES, SCORES and COMPRESSORS.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import max_pool1d
+
+import kernels
+
+# ---- what a user chooses ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a user chooses. Budgets are generated tokens per KV head. ValueError names what is impossible."""
+    """The decode phase. Budgets are generated tokens per KV head. ValueError names what is impossible."""
 
     name: str
     heavy: int
@@ -23,18 +29,46 @@ class Policy:
     def __post_init__(self):
         require_known("policy", self.name, STRATEGIES)
         require_known("score", self.score, SCORES)
-        for field in ("heavy", "recent"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"{field} is {getattr(self, field)}: a budget counts tokens, so 0 or more")
+        require_count("heavy", self.heavy, 0)
+        require_count("recent", self.recent, 0)
 
     @property
     def strategy(self) -> "Strategy":
         return STRATEGIES[self.name]
 
+    @property
+    def ranking(self) -> "Score":
+        return self.strategy.ranking or SCORES[self.score]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The prefill phase: `budget` prompt tokens per KV head stay, the last `obs_window` of them in any case."""
+
+    compress: str
+    budget: int
+    obs_window: int
+
+    def __post_init__(self):
+        require_known("compressor", self.compress, COMPRESSORS)
+        require_count("prompt_budget", self.budget, 1)
+        require_count("obs_window", self.obs_window, 1)
+        if self.obs_window > self.budget:
+            raise ValueError(f"obs_window is {self.obs_window}: it is part of prompt_budget, so at most {self.budget}")
+
+    @property
+    def compressor(self) -> "Compressor":
+        return COMPRESSORS[self.compress]
+
 
 def require_known(what: str, value: str, table: dict) -> None:
     if value not in table:
         raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(table)}")
+
+
+def require_count(what: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{what} is {value}: a budget counts tokens, so {least} or more")
 
 
 # ---- the decode pool's budget after the selection of step t -----------------------------------------------
@@ -69,36 +103,22 @@ def one_heavy_hitter_apart(policy: Policy, T: int) -> int:
     return max(1, (T - policy.recent) // policy.heavy) if policy.heavy else 1
 
 
-# ---- the newest tokens, which no selection touches --------------------------------------------------------
+# ---- the newest tokens, which no selection touches (prompt: tokens kept of each row's prompt, [B]) ---------
 
 
-def last_recent(policy: Policy) -> int:
+def last_recent(policy: Policy, prompt: Tensor) -> int:
     return policy.recent
 
 
-def whole_budget(policy: Policy) -> int:
+def whole_budget(policy: Policy, prompt: Tensor) -> int:
     return policy.heavy + policy.recent
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """One row of the policy table: three functions of the policy and the run's length."""
-
-    budget: Callable[[Policy, int, int], int]
-    interval: Callable[[Policy, int], int] = every_step
-    window: Callable[[Policy], int] = last_recent
+def half_of_everything(policy: Policy, prompt: Tensor) -> Tensor:
+    return (prompt + policy.heavy + policy.recent) // 2
 
 
-STRATEGIES = {
-    "full": Strategy(budget=unlimited),
-    "slide": Strategy(budget=fixed),
-    "adaptive": Strategy(budget=growing),
-    "discontinuous": Strategy(budget=growing, interval=one_heavy_hitter_apart),
-    "recent": Strategy(budget=fixed, window=whole_budget),
-}
-
-
-# ---- scores: what makes a generated token worth keeping ---------------------------------------------------
+# ---- scores: what makes a token worth keeping -------------------------------------------------------------
 
 
 def cumulative(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
@@ -111,9 +131,14 @@ def current(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
     return prob
 
 
+def oldest(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+    """No attention at all: the first tokens stay (StreamingLLM's sinks, arXiv 2309.17453)."""
+    return age.float()
+
+
 @dataclass(frozen=True)
 class Score:
-    """`update(score, prob, age) -> score`, each [B, n_kv_heads, n_decode_slots]; the highest stay.
+    """`update(score, prob, age) -> score`, each [B, n_kv_heads, n]; the highest stay.
 
     score is 0 for a token just written, prob its attention probability in this step (mean over the query heads
     of its group), age the number of steps that have seen it (1 in the step that writes it).
@@ -128,7 +153,104 @@ SCORES = {
     "current": Score(current, every_step=False),
 }
 
-FULL = Policy("full", heavy=0, recent=0, score="cumulative")  # what every other policy is compared with
+
+# ---- budgets that differ by layer: (mean budget, layer, n_layers, most) -> budget --------------------------
+
+
+def uniform(budget: int, layer: int, n_layers: int, most: int) -> int:
+    return min(budget, most)
+
+
+def linear(budget: int, layer: int, n_layers: int, most: int) -> int:
+    """PyramidKV's spread (arXiv 2406.02069): from 2 - 1/20 of the budget in layer 0 down to 1/20 of it in the last,
+    less steep where layer 0 cannot hold more than `most`. The mean over the layers stays `budget`."""
+    budget = min(budget, most)
+    top = min(2 * budget - budget // 20, most)
+    return top - round(layer * 2 * (top - budget) / max(1, n_layers - 1)) if n_layers > 1 else budget
+
+
+def all_but_two_layers(budget: int, layer: int, n_layers: int, most: int) -> int:
+    return most if layer < 2 else min(budget, most)
+
+
+# ---- decode strategies ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """One row of the policy table."""
+
+    budget: Callable[[Policy, int, int], int]
+    interval: Callable[[Policy, int], int] = every_step
+    window: Callable[[Policy, Tensor], int | Tensor] = last_recent
+    frozen_prompt: bool = True  # False: prompt and output are one pool of kept prompt + heavy + recent
+    ranking: Score | None = None  # None: the one that --score names
+    spread: Callable[[int, int, int, int], int] = uniform
+
+
+STRATEGIES = {
+    "full": Strategy(budget=unlimited),
+    "slide": Strategy(budget=fixed),
+    "adaptive": Strategy(budget=growing),
+    "discontinuous": Strategy(budget=growing, interval=one_heavy_hitter_apart),
+    "recent": Strategy(budget=fixed, window=whole_budget, ranking=Score(oldest, every_step=False)),
+    "h2o": Strategy(budget=fixed, frozen_prompt=False),
+    "streaming": Strategy(
+        budget=fixed, window=half_of_everything, frozen_prompt=False, ranking=Score(oldest, every_step=False)
+    ),
+    "pyramidinfer": Strategy(budget=fixed, frozen_prompt=False, spread=linear),
+}
+
+
+def for_layer(policy: Policy, layer: int, n_layers: int) -> Policy:
+    """The same policy with this layer's share of the decode budget."""
+    budget = policy.heavy + policy.recent
+    share = policy.strategy.spread(budget, layer, n_layers, 2 * budget)
+    recent = min(policy.recent, share)
+    return replace(policy, heavy=share - recent, recent=recent)
+
+
+# ---- prompt compressors: (q, k, lengths, obs_window) -> score [B, n_kv_heads, S], the highest stay ---------
+
+
+def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+    """H2O (arXiv 2306.14048): attention received from every prompt query, summed; causal."""
+    return kernels.received_attention(q, k, lengths)
+
+
+def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+    """SnapKV (arXiv 2404.14469): attention from the last queries, the largest of 7 neighbours."""
+    return max_pool1d(kernels.received_attention(q, k, lengths, last=obs_window), 7, stride=1, padding=3)
+
+
+def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+    """arXiv 2406.11430: keys of low L2 norm attract attention in large pretrained models."""
+    return -k.float().norm(dim=-1)
+
+
+def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+    """StreamingLLM (arXiv 2309.17453): attention sinks."""
+    return -kernels.slot_numbers(k).float()
+
+
+@dataclass(frozen=True)
+class Compressor:
+    """One row of the compressor table."""
+
+    score: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None
+    spread: Callable[[int, int, int, int], int] | None = None  # None: the decode strategy's
+    head_floor: float = 1.0  # of a head's even share; what is above it goes to whichever head scores highest
+
+
+COMPRESSORS = {
+    "full": Compressor(None),
+    "h2o": Compressor(received_from_all),
+    "snapkv": Compressor(received_from_last),
+    "pyramidkv": Compressor(received_from_last, spread=linear),
+    "l2norm": Compressor(small_key_norm, spread=all_but_two_layers),
+    "streaming": Compressor(first_tokens),
+    "adakv": Compressor(received_from_last, head_floor=0.2),
+}
 
 
 # ---- the schedule: everything about a run that depends on t alone, known before the first step ------------
@@ -164,7 +286,10 @@ def schedule(policy: Policy, T: int) -> Schedule:
 
 
 def evictions(policy: Policy, T: int, t: int, live: int) -> int:
-    """How many of `live` generated tokens must go after step t. `select` runs only where this is not 0."""
-    since_recent = t - policy.recent
-    selects = since_recent > 0 and since_recent % policy.strategy.interval(policy, T) == 0
+    """How many tokens must go after step t, with `live` more than the prompt gave. Selections run where it is not 0."""
+    selects = (t - policy.recent) % policy.strategy.interval(policy, T) == 0
     return max(0, live - policy.strategy.budget(policy, T, t)) if selects else 0
+
+
+FULL = Policy("full", heavy=0, recent=0, score="cumulative")  # what every other policy is compared with
+WHOLE = Prompt("full", budget=1, obs_window=1)

@@ -1,17 +1,20 @@
-"""The naive twin of the cache: the paper read literally, lists of positions in plain Python, nothing preallocated.
+"""The naive twin of the cache: the papers read literally, lists of positions in plain Python, nothing preallocated.
 
-One `Oracle` is one (row, KV head). Every step it appends, attends over its list, and where the paper selects, it
-sorts and rebuilds the list: top-k and gather, what `cache.py` must equal as a set.
+One `Oracle` is one (row, KV head). Every step it appends, attends over its list, and where the policy selects, it
+sorts and rebuilds the list: top-k and gather, what `cache.py` must equal as a set. `kept_of_prompt` does the same for
+the prompt compressors.
 """
 
 import math
 
+UNIFIED = ("h2o", "streaming", "pyramidinfer")  # prompt and output are one pool
+
 
 def paper_budget(name: str, heavy: int, recent: int, T: int, t: int) -> float:
-    """The most generated tokens that a selection at step t leaves (design: section 3; paper: Eq. 3 and 4)."""
+    """The most tokens beyond the kept prompt that a selection at step t leaves (paper: Eq. 3 and 4)."""
     if name == "full":
         return math.inf
-    if name in ("slide", "recent"):
+    if name not in ("adaptive", "discontinuous"):
         return heavy + recent
     if t <= recent:
         return recent
@@ -23,53 +26,130 @@ def paper_interval(name: str, heavy: int, recent: int, T: int) -> int:
 
 
 def paper_selects(name: str, heavy: int, recent: int, T: int, t: int) -> bool:
-    return t > recent and (t - recent) % paper_interval(name, heavy, recent, T) == 0
+    return (t > recent or name in UNIFIED) and (t - recent) % paper_interval(name, heavy, recent, T) == 0
+
+
+def layer_budgets(mean: int, n_layers: int, most: int) -> list[int]:
+    """Linear from 1.95 times the mean (or `most`) down, so that the mean stays the mean."""
+    mean = min(mean, most)
+    top = min(mean * 2 - mean // 20, most)
+    bottom = 2 * mean - top
+    return [top - round((top - bottom) * layer / (n_layers - 1)) for layer in range(n_layers)]
+
+
+def layer_prompt_budget(compress: str, policy: str, budget: int, layer: int, n_layers: int, n: int) -> int:
+    if compress == "l2norm":
+        return n if layer < 2 else budget
+    linear = compress == "pyramidkv" or policy == "pyramidinfer"
+    return layer_budgets(budget, n_layers, n)[layer] if linear else budget
+
+
+def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_layers: int) -> tuple[int, int]:
+    if policy != "pyramidinfer":
+        return heavy, recent
+    budget = layer_budgets(heavy + recent, n_layers, 2 * (heavy + recent))[layer]
+    return budget - min(recent, budget), min(recent, budget)
 
 
 class Oracle:
-    def __init__(self, name: str, heavy: int, recent: int, score: str, T: int, prompt: list[tuple]):
-        """prompt: (key, value) of each prompt token, each a list of floats."""
-        self.setting = (name, heavy, recent, T)
+    def __init__(self, setting: tuple, score: str, prompt: list[tuple], kept: list[int]):
+        """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it."""
+        self.name, self.heavy, self.recent, self.T = setting
         self.score = score
-        self.entries = dict(enumerate(prompt))  # position -> (key, value)
-        self.prompt_len = len(prompt)
-        self.generated: list[int] = []  # live positions, oldest first
-        self.totals: dict[int, float] = {}
+        self.entries = {p: (key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
+        self.prompt_len, self.n_kept = len(prompt), len(kept)
+        received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
+        self.totals = {p: received[p] for p in kept}
 
     @property
-    def live(self) -> set[int]:
-        return set(range(self.prompt_len)) | set(self.generated)
+    def live(self) -> list[int]:
+        """Positions held, oldest first."""
+        return sorted(self.entries)
 
     def step(self, t: int, queries: list[list[float]], key: list[float], value: list[float]) -> list[list[float]]:
         """One decode step of one KV head; queries are those of its group. Returns one output per query."""
         position = self.prompt_len + t - 1
         self.entries[position] = (key, value)
-        self.generated.append(position)
         self.totals[position] = 0.0
-        attended = [self.attend(query) for query in queries]
-        mean = {p: sum(prob[p] for prob, _ in attended) / len(attended) for p in self.generated}
-        for p in self.generated:
-            self.totals[p] = mean[p] + (self.totals[p] if self.score == "cumulative" else 0.0)
-        self.select(t)
-        return [output for _, output in attended]
+        live = self.live
+        probs = [softmax(query, [self.entries[p][0] for p in live]) for query in queries]
+        for i, p in enumerate(live):
+            seen = sum(prob[i] for prob in probs) / len(probs)
+            self.totals[p] = seen + (self.totals[p] if self.score == "cumulative" else 0.0)
+        outputs = [weighted(prob, [self.entries[p][1] for p in live]) for prob in probs]
+        if paper_selects(self.name, self.heavy, self.recent, self.T, t):
+            for p in self.victims(t):
+                del self.entries[p]
+        return outputs
 
-    def attend(self, query: list[float]) -> tuple[dict[int, float], list[float]]:
-        live = sorted(self.live)
-        logits = [
-            sum(a * b for a, b in zip(query, self.entries[p][0], strict=True)) / math.sqrt(len(query)) for p in live
-        ]
-        top = max(logits)
-        weights = [math.exp(x - top) for x in logits]
-        prob = {p: w / sum(weights) for p, w in zip(live, weights, strict=True)}
-        output = [sum(prob[p] * self.entries[p][1][i] for p in live) for i in range(len(query))]
-        return prob, output
+    def victims(self, t: int) -> list[int]:
+        pool = [p for p in self.live if self.name in UNIFIED or p >= self.prompt_len]
+        frozen = len(self.entries) - len(pool)
+        excess = len(self.entries) - self.n_kept - paper_budget(self.name, self.heavy, self.recent, self.T, t)
+        if excess <= 0:
+            return []
+        if self.name == "streaming":  # the first half of the budget, and the last half
+            budget = self.n_kept + self.heavy + self.recent
+            last = pool[len(pool) - budget // 2 :] if budget // 2 else []
+            return [p for p in pool if p not in pool[: budget - budget // 2] and p not in last]
+        if self.name == "recent":
+            return pool[:excess]
+        now = self.prompt_len + t - 1
+        older = [p for p in pool if p <= now - self.recent]
+        assert frozen + len(older) >= excess
+        return sorted(older, key=lambda p: (self.totals[p], p))[:excess]
 
-    def select(self, t: int) -> None:
-        name, heavy, recent, T = self.setting
-        if not paper_selects(name, heavy, recent, T, t):
-            return
-        excess = len(self.generated) - paper_budget(name, heavy, recent, T, t)
-        protected = heavy + recent if name == "recent" else recent
-        older = self.generated[: max(0, len(self.generated) - protected)]
-        goes = sorted(older, key=lambda p: (self.totals[p], p))[: max(0, excess) if excess > 0 else 0]
-        self.generated = [p for p in self.generated if p not in goes]
+
+def kept_of_prompt(compress: str, budget: int, obs_window: int, heads: list[list[tuple]]) -> list[list[int]]:
+    """Positions that stay for each KV head of a row; heads hold (queries of the group, key, value) per token."""
+    n = len(heads[0])
+    if compress == "full" or n <= budget:
+        return [list(range(n)) for _ in heads]
+    obs_window = min(obs_window, budget)
+    newest = list(range(n - obs_window, n))
+    ranked = []
+    for head in heads:
+        score = prompt_score(compress, obs_window, head)
+        ranked.append(sorted(range(n - obs_window), key=lambda p, score=score: (-score[p], -p)))
+    others = budget - obs_window
+    floor = int(others * 0.2) if compress == "adakv" else others
+    kept = [order[:floor] for order in ranked]
+    best = {h: prompt_score(compress, obs_window, head) for h, head in enumerate(heads)}
+    rest = [(h, p) for h, order in enumerate(ranked) for p in order[floor:]]
+    rest.sort(key=lambda hp: (-best[hp[0]][hp[1]], -hp[1]))
+    for h, p in rest[: len(heads) * (others - floor)]:
+        kept[h].append(p)
+    return [sorted(positions + newest) for positions in kept]
+
+
+def prompt_score(compress: str, obs_window: int, head: list[tuple]) -> list[float]:
+    queries, keys = [q for q, _, _ in head], [k for _, k, _ in head]
+    n = len(head)
+    if compress == "h2o":
+        return received_attention(queries, keys)
+    if compress == "l2norm":
+        return [-math.sqrt(sum(x * x for x in key)) for key in keys]
+    if compress == "streaming":
+        return [-p for p in range(n)]
+    received = received_attention(queries, keys, first=n - obs_window)
+    return [max(received[max(0, p - 3) : p + 4]) for p in range(n)]
+
+
+def received_attention(queries: list, keys: list, first: int = 0) -> list[float]:
+    """Attention that each token receives from the queries at `first` and after; causal, mean over the group."""
+    received = [0.0] * len(keys)
+    for i in range(max(0, first), len(keys)):
+        for query in queries[i]:
+            for p, weight in enumerate(softmax(query, keys[: i + 1])):
+                received[p] += weight / len(queries[i])
+    return received
+
+
+def softmax(query: list[float], keys: list[list[float]]) -> list[float]:
+    logits = [sum(a * b for a, b in zip(query, key, strict=True)) / math.sqrt(len(query)) for key in keys]
+    weights = [math.exp(x - max(logits)) for x in logits]
+    return [w / sum(weights) for w in weights]
+
+
+def weighted(prob: list[float], values: list[list[float]]) -> list[float]:
+    return [sum(w * value[i] for w, value in zip(prob, values, strict=True)) for i in range(len(values[0]))]
