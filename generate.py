@@ -838,6 +838,8 @@ def read_prompts(arguments: argparse.Namespace) -> list:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt file {path} cannot be read: {one_line(error)}") from None
+    if arguments.prompt_file is None:
+        note("\n" + text)  # the demo shows what it answers
     if path.suffix != ".jsonl":
         return [text]
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]

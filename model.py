@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import causal_attention
+import kernels
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Llama(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
         # Stays float32 whatever the weights are: bf16 frequencies would misplace far tokens.
@@ -54,7 +54,7 @@ class Llama(nn.Module):
         """tokens, positions [B, S] -> hidden states [B, S, hidden]; `attends` holds one function per layer."""
         x = self.embed(tokens)
         rope = rope_table(self.inv_freq, positions, x.dtype)
-        for layer, attend in zip(self.layers, attends or [causal_attention] * len(self.layers), strict=True):
+        for layer, attend in zip(self.layers, attends or [kernels.causal_attention] * len(self.layers), strict=True):
             x = layer(x, rope, attend)
         return self.norm(x)
 
@@ -82,8 +82,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
         # One matrix for q, k and v: three short reads of memory become one long one.
-        self.wqkv = nn.Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
-        self.wo = nn.Linear(self.widths[0], config.hidden_size, bias=config.attention_bias)
+        self.wqkv = Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
+        self.wo = Linear(self.widths[0], config.hidden_size, bias=config.attention_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
         q, k, v = (self.split_heads(t) for t in self.wqkv(x).split(self.widths, dim=-1))
@@ -97,12 +97,17 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.w_gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.w_down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.w_gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.w_down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_gate_up(x).chunk(2, dim=-1)
         return self.w_down(F.silu(gate) * up)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return kernels.linear(x, self.weight, self.bias)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
