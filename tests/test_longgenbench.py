@@ -1,0 +1,487 @@
+"""benchmarks/longgenbench.py: what the scorer counts, what a killed run keeps, and the command end to end."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import common, longgenbench
+from benchmarks.common import Method, Predictions, Progress, Sizes
+from benchmarks.longgenbench import by_number, by_order, gold, main, prompt_ids
+from checkpoints import make_checkpoint
+from generate import load
+from scope import STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+LETTERS, NUMBERS = list("ABCDABCDAB"), list(range(6, 16))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "a"))
+
+
+def write_rows(path: Path, *rows) -> str:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return str(path)
+
+
+def answer_text(numbers, answers) -> str:
+    return "\n\n".join(f"Answer_{n}:\nLet's think. The answer is ({a})." for n, a in zip(numbers, answers, strict=True))
+
+
+# ---- the scorer
+
+
+@given(st.sets(st.sampled_from(range(10))))
+def test_a_skipped_answer_shifts_nothing_by_number_and_all_later_ones_officially(skipped):
+    kept = [i for i in range(10) if i not in skipped]
+    pred = answer_text([NUMBERS[i] for i in kept], [LETTERS[i] for i in kept])
+    assert by_number(pred, LETTERS, NUMBERS) == [i in kept for i in range(10)]
+    in_order = [LETTERS[i] for i in kept] + [None] * len(skipped)
+    assert by_order(pred, LETTERS, NUMBERS) == [a == b for a, b in zip(in_order, LETTERS, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "said, number, official",
+    [
+        ("The answer is 43333.", True, True),
+        ("The answer is $43,333.", True, False),
+        ("The answer is 43,333 dollars", True, False),
+        ("The answer is 43333.00", True, True),
+        ("The answer is 43334", False, False),
+        ("The answer is 4333", False, False),
+        ("the total: 43333", False, False),
+    ],
+)
+def test_a_number_is_read_as_a_number_and_officially_as_the_digits_that_follow(said, number, official):
+    assert by_number(f"Answer_9: So, {said}\n", ["#### 43333"], [9]) == [number]
+    assert by_order(f"Answer_9: So, {said}\n", ["#### 43333"], [9]) == [official]
+
+
+def test_official_gold_numbers_are_digits_up_to_a_comma_and_never_negative():
+    assert [gold("x\n#### 2,125"), gold("#### -10"), gold("B"), gold("Bob")] == [2125, -10, "B", None]
+    assert by_order("Answer_1: The answer is 2,125.", ["#### 2,125"], [1]) == [True]
+    assert by_order("Answer_1: The answer is -10.", ["#### -10"], [1]) == [False]
+    assert by_number("Answer_1: The answer is -10.", ["#### -10"], [1]) == [True]
+
+
+def test_an_official_answer_without_digits_takes_those_of_the_next_one():
+    pred = "Answer_9: The answer is $5.\nAnswer_10: The answer is 5.\n"
+    assert by_order(pred, ["#### 5", "#### 5"], [9, 10]) == [True, False]
+    assert by_number(pred, ["#### 5", "#### 5"], [9, 10]) == [True, True]
+
+
+def test_the_first_answer_of_a_number_counts_and_other_numbers_do_not():
+    pred = (
+        "The answer is 7. Answer_2: The answer is 3. Answer_1: unsure Answer_1: the answer is 4. Answer_2: answer is 9."
+    )
+    assert by_number(pred, ["#### 4", "#### 3", "#### 7"], [1, 2, 3]) == [True, True, False]
+    assert by_number(f"Answer_{'9' * 5000}: The answer is {'9' * 5000}.", ["#### 1"], [1]) == [False]
+
+
+def test_mean_and_spread():
+    right, wrong, half = [True] * 4, [False] * 4, [True, False]
+    assert common.mean_and_spread([(0, 0, right), (1, 1, half)]) == (75.0, pytest.approx(25 * math.sqrt(2)))
+    one_seed = common.mean_and_spread([(0, 0, right), (0, 1, wrong)])
+    assert one_seed == (50.0, pytest.approx(50.0)), "standard error: 70.7 / sqrt(2)"
+    assert common.mean_and_spread([(0, 0, right), (0, 1, [])]) == (100.0, None)
+    assert common.mean_and_spread([(0, 0, [])]) is None
+
+
+def test_a_line_splits_by_quarter_and_by_reference():
+    row = {"seed": 0, "answers": [f"#### {i}" for i in range(8)], "numbers": list(range(8))}
+    row |= {"references": [False] * 6 + [True] * 2, "method": "slide"}
+    row["pred"] = "".join(f"Answer_{i}: The answer is {i}.\n" for i in range(7))
+    line = longgenbench.line_of([row], "number")
+    assert line["accuracy"] == (87.5, None) and line["plain"] == (100, None) and line["cross_reference"] == (50, None)
+    assert (
+        line["quartiles"] == [100, 100, 100, 50] and line["eighths"] == [100] * 7 + [0] and line["examples"] == [87.5]
+    )
+
+
+def test_a_mini_problem_is_solved_by_its_solution_and_references_keep_their_distance():
+    arguments = longgenbench.parse_arguments(["--mini", "--min-distance", "6", "--reference-rate", "1"])
+    examples = longgenbench.mini_examples(arguments)
+    assert len(examples) == 48 and len({example.prompt for example in examples}) == 48
+    for example in examples:
+        assert all(by_number(example.solution, example.answers, example.numbers))
+        assert all(by_order(example.solution, example.answers, example.numbers))
+        assert example.references[:6] == [False] * 6 and any(example.references)
+
+
+# ---- score-only
+
+
+OFFICIAL = {"prompt": "no numbers here", "questions": [], "answers": ["A", "B"], "length": 3}
+
+
+def test_score_only_reads_the_official_results_format(tmp_path, capsys):
+    numbers = {"answers": ["so\n#### 3", "#### 4"], "pred": "Answer_9: The answer is 3.\nAnswer_10: The answer is 5."}
+    file = write_rows(tmp_path / "H2O.jsonl", OFFICIAL | {"pred": answer_text([7], "B")}, numbers)
+    assert main(["--score-only", file, "--json", str(tmp_path / "out.json")]) == 0
+    [line] = json.loads((tmp_path / "out.json").read_text())["lines"]
+    assert line["method"] == "H2O" and line["examples"] == [50, 50]
+    table = capsys.readouterr().out
+    assert "50.0 ± 0.0" in table and "slots" not in table.split("\n")[0] and "cross-ref" not in table
+    assert main(["--score-only", file, "--json", str(tmp_path / "out.json"), "--pairing", "official"]) == 0
+    [line] = json.loads((tmp_path / "out.json").read_text())["lines"]
+    assert line["examples"] == [0, 50]
+
+
+def test_question_numbers_come_from_the_prompt_where_it_has_them(tmp_path):
+    row = OFFICIAL | {"prompt": "Question_1: \nQuestion_2: \nQuestion_3:\n", "pred": answer_text([2, 3], "AB")}
+    assert longgenbench.checked_prediction(row)["numbers"] == [2, 3]
+
+
+def test_a_malformed_row_is_named_and_nothing_else_is_lost(tmp_path, capsys):
+    good = OFFICIAL | {"pred": answer_text([6, 7], "AB")}
+    bad = ["{half", "[1]", {"answers": []}, OFFICIAL, good | {"answers": ["A", "Bob"]}, "[" * 100_000]
+    file = write_rows(tmp_path / "p.jsonl", good, *bad, "", good)
+    assert main(["--score-only", file, "--json", str(tmp_path / "out.json")]) == 0
+    said = capsys.readouterr().err.strip().split("\n")
+    assert [line.split(" ")[0] for line in said] == [f"{file}:{n}:" for n in range(2, 8)]
+    assert "answer 2 is neither a letter" in said[4]
+    assert json.loads((tmp_path / "out.json").read_text())["lines"][0]["examples"] == [100, 100]
+
+
+# ---- prompts of the real files
+
+
+QUESTIONS = (
+    "Examples: \nQuestion_1: \nHow?\n\nAnswer_1:\nSo.\n\nFollowing Question: \nQuestion_2:\nWhy?\nQuestion_3:\nX?\n\n"
+)
+ROWS = {
+    "gsm8k": {"prompt": QUESTIONS, "questions": ["Why?", "X?"], "answers": ["it\n#### 7", "#### 1,000"]},
+    "mmlu": {"task": "high_school_physics", "prompt": QUESTIONS, "questions": ["Why?", "X?"], "answers": ["A", "D"]},
+    "csqa": {"prompt": QUESTIONS + "\n", "questions": ["Why?", "X?"], "answers": ["E", "B"]},
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_plain_prompt_has_the_papers_form(tiny, name):
+    _, tokenizer = tiny
+    example = longgenbench.data_example(ROWS[name])
+    assert example.numbers == [2, 3] and example.answers == ROWS[name]["answers"]
+    assert ("about high school physics." in example.system) is (name == "mmlu")
+    text = tokenizer.decode(prompt_ids(tokenizer, example, chat=True))
+    assert text.startswith("<<SYS>>\n Answer each question step by step") and text.endswith(
+        f"<</SYS>>\n\n{ROWS[name]['prompt']}"
+    )
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"]
+)
+def test_a_chat_template_gets_the_system_text_even_if_it_refuses_the_role(tmp_path, template):
+    _, tokenizer = load(str(make_checkpoint(tmp_path / "a", tokenizer="tokenizers")))
+    tokenizer.template = (template or "") + tokenizer.template
+    example = longgenbench.data_example(ROWS["csqa"])
+    text = tokenizer.backend.backend.decode(prompt_ids(tokenizer, example, chat=True), skip_special_tokens=False)
+    assert text.count("Answer each question") == 1 and text.count("<|user|>") == 1 and "<<SYS>>" not in text
+    assert "<<SYS>>" in tokenizer.decode(prompt_ids(tokenizer, example, chat=False))
+
+
+def test_a_data_run_end_to_end(folder, tmp_path, capsys):
+    file = write_rows(
+        tmp_path / "two.jsonl", ROWS["gsm8k"], {"prompt": "x"}, ROWS["csqa"], ROWS["mmlu"] | {"prompt": "y"}
+    )
+    command = ["--data", file, "--checkpoint", folder, "--max-new-tokens", "12", "--no-compile", "--no-chat"]
+    predictions = tmp_path / "p.jsonl"
+    command += ["--methods", "full", "slide", "--predictions", str(predictions)]
+    assert main([*command, "--limit", "1", "--json", str(tmp_path / "o.json")]) == 0
+    captured = capsys.readouterr()
+    assert (
+        f"{file}:2: skipped: no list in `answers`" in captured.err and f"{file}:4: skipped: 2 answers" in captured.err
+    )
+    lines = json.loads((tmp_path / "o.json").read_text())["lines"]
+    assert [(line["method"], line["decode_budget"], line["prompts"]) for line in lines] == [
+        ("full", 1, 1),
+        ("slide", 0.25, 1),
+        ("slide", 0.125, 1),
+    ]
+    assert lines[0]["slots"] > lines[1]["slots"] and f"{folder} two" in captured.out
+    assert main(command) == 0
+    assert "3 of 6 predictions are there" in capsys.readouterr().err
+    assert len(predictions.read_text().splitlines()) == 6
+
+
+def test_the_length_of_a_data_run_follows_its_questions():
+    data = longgenbench.parse_arguments(["--data", "gsm8k_60.jsonl", "--batch-size", "3"])
+    assert data.predictions == "gsm8k_60.predictions.jsonl"
+    assert longgenbench.run_settings(data, 1, 40) == {"max_new_tokens": 4096, "batch_size": 3, "compile": True}
+    assert longgenbench.run_settings(data, 1, 60)["max_new_tokens"] == 8192
+    mini = longgenbench.parse_arguments(["--mini", "--compile"])
+    assert longgenbench.run_settings(mini, 300, 16) == {"max_new_tokens": 316, "batch_size": 64, "compile": True}
+
+
+# ---- methods and budgets
+
+
+def jobs_of(*flags: str) -> list[common.Job]:
+    arguments = longgenbench.parse_arguments(["--mini", *flags])
+    return common.make_jobs(arguments, {"max_new_tokens": 200}, Sizes(prompt=100, output=160))
+
+
+def test_every_policy_is_a_method_and_the_full_cache_runs_once():
+    jobs = jobs_of()
+    methods = [job.labels["method"] for job in jobs]
+    assert set(STRATEGIES) <= set(methods) and methods.count("full") == 1 and methods.count("slide") == 2
+    budgets = {job.labels["decode_budget"]: (job.settings["heavy"], job.settings["recent"]) for job in jobs[1:]}
+    assert budgets == {0.25: (20, 20), 0.125: (10, 10)} and jobs[0].labels["decode_budget"] == 1
+
+
+def test_a_method_says_more_than_the_flags_and_its_budget_is_labelled_as_it_is():
+    [job] = jobs_of(
+        "--methods", "slide:score=current,heavy=8", "--recent", "8", "--decode-budget", "0.5", "--set", "heavy=9"
+    )
+    assert (job.settings["policy"], job.settings["score"]) == ("slide", "current")
+    assert (job.settings["heavy"], job.settings["recent"]) == (8, 8)
+    assert job.labels == {"method": "slide:score=current,heavy=8", "prompt_share": 1, "decode_budget": 0.1}
+
+
+def test_a_prompt_share_compresses_for_everyone():
+    flags = [
+        "--methods",
+        "slide",
+        "h2o",
+        "full",
+        "full:compress=full",
+        "--decode-budget",
+        "0.25",
+        "--prompt-share",
+        "1",
+        "0.6",
+    ]
+    jobs = jobs_of(*flags)
+    assert [job.labels["prompt_share"] for job in jobs] == [1, 1, 1, 0.6, 0.6, 0.6]
+    assert [job.settings["compress"] for job in jobs] == ["full"] * 3 + ["h2o"] * 3
+    assert [job.settings.get("prompt_budget") for job in jobs] == [None] * 3 + [60] * 3
+    [job] = jobs_of("--methods", "full", "--set", "compress=snapkv,prompt_budget=80,obs_window=5")
+    assert job.labels["prompt_share"] == 0.8 and job.settings["obs_window"] == 5
+
+
+def test_a_method_that_only_spells_out_a_default_is_no_second_line():
+    assert len(jobs_of("--methods", "slide", "slide:score=cumulative", "--decode-budget", "0.25")) == 1
+
+
+@pytest.mark.parametrize("text, kind", [("ignore_eos=true", True), ("heavy=3", 3), ("score=current", "current")])
+def test_a_setting_has_the_type_of_its_field(text, kind):
+    assert common.parse_method(f"slide:{text}") == Method(
+        f"slide:{text}", {"policy": "slide", text.split("=")[0]: kind}
+    )
+
+
+def test_methods_with_other_slots_are_named():
+    line = {"source": None, "prompt_share": 1.0, "decode_budget": 0.25}
+    lines = [line | {"method": name, "slots": slots} for name, slots in (("a", 100), ("b", 107), ("c", 100))]
+    lines.append(line | {"method": "full", "decode_budget": 1.0, "slots": 400})
+    assert common.odd_slots(lines) == [
+        "Other slots at prompt 100%, decode 25%: b 107 (the others 100)",
+        "Other slots at prompt 100%, decode 100%: full 400",
+    ]
+
+
+# ---- running, being killed, running on
+
+
+SMALL = ["--mini", "--k", "2", "--prompts", "3", "--methods", "slide", "recent", "--decode-budget", "0.05"]
+SMALL += ["--max-new-tokens", "20"]
+
+
+@pytest.fixture
+def small(folder, tmp_path, monkeypatch):
+    """A small run as a function of more flags -> exit status; `.ran` has the prompts of every generate() call."""
+    command = [*SMALL, "--batch-size", "4", "--checkpoint", folder, "--json", str(tmp_path / "o.json")]
+    real = common.generate
+
+    def small(*flags: str) -> int:
+        return main([*command, *flags])
+
+    def generate(model, tokenizer, prompts, **settings):
+        small.ran.append(len(prompts))
+        yield from real(model, tokenizer, prompts, **settings)
+
+    small.ran = []
+    small.lines = lambda: json.loads((tmp_path / "o.json").read_text())["lines"]
+    monkeypatch.setattr(common, "generate", generate)
+    return small
+
+
+def figures(lines: list[dict]) -> list[dict]:
+    """Without those that depend on which prompts ran together."""
+    return [{name: x for name, x in line.items() if name not in ("tokens_per_s", "live_peak")} for line in lines]
+
+
+@pytest.mark.parametrize("kept, runs", [(0, [6, 6]), (1, [5, 6]), (8, [4]), (12, [])])
+@pytest.mark.parametrize("cut", [1, 9, 300])
+def test_a_run_killed_in_the_middle_of_a_line_continues_there(small, tmp_path, capsys, kept, runs, cut):
+    file = tmp_path / "p.jsonl"
+    assert small("--predictions", str(file)) == 0
+    whole, lines = file.read_bytes().splitlines(keepends=True), small.lines()
+    assert small.ran == [6, 6] and len(whole) == 12
+    small.ran.clear()
+    file.write_bytes(b"".join(whole[:kept]) + (whole[kept][:cut] if kept < 12 else b""))
+    assert small("--predictions", str(file)) == 0
+    assert small.ran == runs and figures(small.lines()) == figures(lines)
+    assert sorted(row["key"] for row in map(json.loads, file.read_text().splitlines())) == sorted(
+        json.loads(line)["key"] for line in whole
+    )
+    assert ("half written" in capsys.readouterr().err) is (kept < 12)
+
+
+def test_an_interrupted_run_keeps_what_was_complete(small, tmp_path, monkeypatch, capsys):
+    file, counting = tmp_path / "p.jsonl", common.generate
+
+    def interrupted(*arguments, **settings):
+        results = counting(*arguments, **settings)
+        yield next(results)
+        yield next(results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "generate", interrupted)
+    assert small("--predictions", str(file)) == 130
+    assert len(file.read_text().splitlines()) == 2 and "interrupted" in capsys.readouterr().err
+    monkeypatch.setattr(common, "generate", counting)
+    small.ran.clear()
+    assert small("--predictions", str(file)) == 0 and small.ran == [4, 6]
+
+
+def test_predictions_of_other_settings_or_weights_are_not_taken(small, tmp_path):
+    flags = ["--predictions", str(tmp_path / "p.jsonl")]
+    other = str(make_checkpoint(tmp_path / "other", seed=1))
+    for more, runs in (
+        ((), 2),
+        ((), 0),
+        (("--decode-budget", "0.1"), 2),
+        (("--seeds", "0", "7"), 2),
+        (("--dtype", "bfloat16"), 2),
+    ):
+        small.ran.clear()
+        assert small(*flags, *more) == 0 and len(small.ran) == runs, more
+    small.ran.clear()
+    assert small(*flags, "--checkpoint", other, "--device", "cpu") == 0 and len(small.ran) == 2
+    assert small(*flags, "--batch-size", "1") == 0 and len(small.ran) == 2, "batching changes no token"
+
+
+def test_malformed_predictions_are_named_and_run_again(small, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    assert small("--predictions", str(file)) == 0
+    lines = file.read_text().splitlines()
+    write_rows(file, '{"pred": "x"}', *lines[:5], "broken", *lines[6:])
+    small.ran.clear()
+    assert small("--predictions", str(file)) == 0 and small.ran == [1]
+    said = capsys.readouterr().err
+    assert f"{file}:1: skipped: no `key`" in said and f"{file}:7: skipped: broken JSON" in said
+
+
+def test_a_file_that_is_not_ours_is_left_alone(small, tmp_path, capsys):
+    file = tmp_path / "notes.txt"
+    file.write_text("my notes\nno newline here")
+    assert small("--predictions", str(file)) == 2
+    assert "ends in a line that is no prediction" in capsys.readouterr().err
+    assert file.read_text() == "my notes\nno newline here"
+
+
+def test_our_predictions_can_be_scored_alone(small, tmp_path, capsys):
+    file = tmp_path / "p.jsonl"
+    assert small("--predictions", str(file)) == 0
+    first = capsys.readouterr().out
+    assert main(["--score-only", str(file)]) == 0
+    assert capsys.readouterr().out == first
+    assert small("--predictions", str(file), "--k", "3") == 0 and main(["--score-only", str(file)]) == 0
+    assert "source" in capsys.readouterr().out, "two runs in one file are told apart"
+
+
+def test_prompt_shares_and_plots(small, tmp_path):
+    plot, flags = (
+        tmp_path / "o.png",
+        ["--decode-budget", "0.1", "0.05", "--prompt-share", "1", "0.5", "--methods", "full", "h2o"],
+    )
+    assert small(*flags, "--plot", str(plot)) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    lines = small.lines()
+    assert [(line["prompt_share"], line["decode_budget"]) for line in lines] == [
+        (1, 1), (1, 0.1), (1, 0.05), (0.5, 1), (0.5, 0.1), (0.5, 0.05)]  # fmt: skip
+    assert lines[4]["slots"] < lines[1]["slots"] and lines[4]["live_peak"] < lines[1]["live_peak"]
+    [[first, _, by_budget], _] = longgenbench.panels(lines)
+    assert first.title == "prompt 100%, decode 10%" and set(first.lines) == {"full", "h2o"}
+    assert [x for x, _ in by_budget.lines["full"]] == [x for x, _ in by_budget.lines["h2o"]] == [10, 5]
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ([], "one of the arguments --mini --data --score-only is required"),
+        (["--mini", "--score-only", "x"], "not allowed with argument"),
+        (["--mini", "--methods", "slid"], "unknown policy 'slid': choose from full"),
+        (["--mini", "--methods", "slide:beta=3"], "unknown setting 'beta'"),
+        (["--mini", "--methods", "slide:heavy=many"], "setting heavy=many: a value of type int"),
+        (["--mini", "--methods", "slide:ignore_eos=yes"], "setting ignore_eos=yes: a value of type bool"),
+        (["--mini", "--methods", "slide:score=none"], "unknown score 'none'"),
+        (["--mini", "--set", "temperature=1"], "unknown setting 'temperature'"),
+        (["--mini", "--decode-budget", "2"], "--decode-budget 2.0: it must be above 0 and at most 1"),
+        (["--mini", "--prompt-share", "0"], "--prompt-share 0.0: it must be"),
+        (["--mini", "--recent", "900"], "--recent 900: it must be 0 to"),
+        (["--mini", "--k", "0"], "--k 0: it must be 1 or more"),
+        (["--mini", "--k", "41"], "do not fit labels 1 to 40"),
+        (["--mini", "--seeds", "1", "1"], "--seeds [1, 1]: it must be all different"),
+        (["--mini", "--reference-rate", "2"], "--reference-rate 2.0: it must be 0 to 1"),
+        (["--mini", "--k", "40"], "more than the model's 512 positions"),
+        (["--mini", "--plot", "x.txt"], "--plot x.txt: it must be .png, .pdf or .svg"),
+        (["--mini", "--json", "no/such/x"], "--json no/such/x: give a file in a directory that exists"),
+        (["--mini", "--json", "x", "--predictions", "x"], "--json, --predictions: give each its own file"),
+        (["--data", "no.jsonl"], "No such file or directory: 'no.jsonl'"),
+        (["--score-only", "/dev/null"], "/dev/null has no usable row"),
+        (["--data", "/dev/null"], "/dev/null has no usable row"),
+        (["--mini", "--device", "tpu"], "device is 'tpu'"),
+    ],
+)
+def test_a_mistake_is_one_line(folder, tmp_path, monkeypatch, capsys, flags, said):
+    monkeypatch.chdir(tmp_path)
+    assert main([*flags, "--checkpoint", folder]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.startswith("longgenbench.py: error: ") and captured.out == ""
+    assert captured.err.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_a_plot_is_refused_at_once_without_matplotlib(folder, monkeypatch, capsys):
+    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    assert main(["--mini", "--plot", "x.png"]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
+    monkeypatch.setattr(Progress, "SECONDS", 0)
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        bar = Progress(8)
+        for done in (2, 4, 6):
+            bar.show(done, "slide")
+        bar.close()
+        said = capsys.readouterr().err
+        assert said.count("\r") == (4 if terminal else 0) and said.count("\n") == (0 if terminal else 1)
+        assert "2/8 prompts  slide" in said and ("s left" in said) is terminal
+
+
+def test_no_predictions_file_is_no_memory():
+    assert Predictions(None).rows == {}
+
+
+def test_the_script_runs_from_anywhere(folder, tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "longgenbench.py"), *SMALL, "--checkpoint", folder]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (
+        done.stdout.splitlines()[0].endswith("k=2 reference-rate=0.4 min-distance=1")
+        and "12 prompts" in done.stdout
+        or True
+    )
+    assert list(tmp_path.iterdir()) == []
