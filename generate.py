@@ -235,6 +235,10 @@ class Row:
 # Two graphs per policy and shape. A process that sweeps many is no accident, which torch's default of 8 takes it for.
 torch._dynamo.config.recompile_limit = 64
 
+# Store what feeds a sum of products, however short, instead of computing it again for each of the sum's rows: the
+# default recomputes the norm before a linear layer once per output channel (5.5 against 3.4 ms a step).
+CPU_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 6}
+
 
 def decode_step(
     model: Llama,
@@ -276,8 +280,8 @@ class Engine:
         check_compiler(self.device)
         began = time.perf_counter()
         on_gpu = self.device.type == "cuda"
-        mode = "reduce-overhead" if on_gpu else None
-        self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, mode=mode)
+        how = {"mode": "reduce-overhead"} if on_gpu else {"options": CPU_OPTIONS}
+        self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         for select in sorted(set(self.cache.selects_at)):
             log.info("compiling the %s graph ...", "select" if select else "append")
             for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay

@@ -161,12 +161,19 @@ def uniform(budget: int, layer: int, n_layers: int, most: int) -> int:
     return min(budget, most)
 
 
-def linear(budget: int, layer: int, n_layers: int, most: int) -> int:
-    """PyramidKV's spread (arXiv 2406.02069): from 2 - 1/20 of the budget in layer 0 down to 1/20 of it in the last,
-    less steep where layer 0 cannot hold more than `most`. The mean over the layers stays `budget`."""
+def linear(budget: int, layer: int, n_layers: int, most: int, last: float = 1 / 20) -> int:
+    """PyramidKV's spread (arXiv 2406.02069): down to 1/20 of the budget in the last layer, the mean stays `budget`.
+
+    Less steep where layer 0 cannot hold more than `most`.
+    """
     budget = min(budget, most)
-    top = min(2 * budget - budget // 20, most)
+    top = min(2 * budget - int(budget * last), most)
     return top - round(layer * 2 * (top - budget) / max(1, n_layers - 1)) if n_layers > 1 else budget
+
+
+def gently_linear(budget: int, layer: int, n_layers: int, most: int) -> int:
+    """PyramidInfer (arXiv 2405.12532) as a baseline: down to half the budget, so the recent half fits everywhere."""
+    return linear(budget, layer, n_layers, most, last=1 / 2)
 
 
 def all_but_two_layers(budget: int, layer: int, n_layers: int, most: int) -> int:
@@ -198,7 +205,7 @@ STRATEGIES = {
     "streaming": Strategy(
         budget=fixed, window=half_of_everything, frozen_prompt=False, ranking=Score(oldest, every_step=False)
     ),
-    "pyramidinfer": Strategy(budget=fixed, frozen_prompt=False, spread=linear),
+    "pyramidinfer": Strategy(budget=fixed, frozen_prompt=False, spread=gently_linear),
 }
 
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
-from checkpoints import make_checkpoint
 from hypothesis import settings
 
+from checkpoints import make_checkpoint
 from generate import load
 
 torch.set_num_threads(1)

@@ -29,10 +29,10 @@ def paper_selects(name: str, heavy: int, recent: int, T: int, t: int) -> bool:
     return (t > recent or name in UNIFIED) and (t - recent) % paper_interval(name, heavy, recent, T) == 0
 
 
-def layer_budgets(mean: int, n_layers: int, most: int) -> list[int]:
-    """Linear from 1.95 times the mean (or `most`) down, so that the mean stays the mean."""
+def layer_budgets(mean: int, n_layers: int, most: int, last: float) -> list[int]:
+    """Linear down to a share of the mean in the last layer; the first holds what is missing, at most `most`."""
     mean = min(mean, most)
-    top = min(mean * 2 - mean // 20, most)
+    top = min(mean * 2 - int(mean * last), most)
     bottom = 2 * mean - top
     return [top - round((top - bottom) * layer / (n_layers - 1)) for layer in range(n_layers)]
 
@@ -40,14 +40,14 @@ def layer_budgets(mean: int, n_layers: int, most: int) -> list[int]:
 def layer_prompt_budget(compress: str, policy: str, budget: int, layer: int, n_layers: int, n: int) -> int:
     if compress == "l2norm":
         return n if layer < 2 else budget
-    linear = compress == "pyramidkv" or policy == "pyramidinfer"
-    return layer_budgets(budget, n_layers, n)[layer] if linear else budget
+    last = 1 / 20 if compress == "pyramidkv" else 1 / 2 if policy == "pyramidinfer" else 1
+    return layer_budgets(budget, n_layers, n, last)[layer]
 
 
 def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_layers: int) -> tuple[int, int]:
     if policy != "pyramidinfer":
         return heavy, recent
-    budget = layer_budgets(heavy + recent, n_layers, 2 * (heavy + recent))[layer]
+    budget = layer_budgets(heavy + recent, n_layers, 2 * (heavy + recent), 1 / 2)[layer]
     return budget - min(recent, budget), min(recent, budget)
 
 
