@@ -42,7 +42,7 @@ class Options:
 
     checkpoint: str = option("checkpoints/mini", "directory in Hugging Face format, or hub id", metavar="DIR_OR_HUB_ID")
     policy: str = option("discontinuous", "what happens to generated tokens in the cache", choices=list(STRATEGIES))
-    heavy: int = option(64, "heavy hitters: generated tokens kept per KV head for their score")
+    heavy: int = option(128, "heavy hitters: generated tokens kept per KV head for their score")
     recent: int = option(64, "newest generated tokens, always kept")
     score: str = option("cumulative", "what ranks generated tokens", choices=list(SCORES))
     compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
