@@ -22,9 +22,13 @@ from scope import Policy, Prompt, for_layer, schedule
 PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer one finds its graphs compiled
 
 
-class Now(NamedTuple):
-    """One decode step, as tensors: nothing here is a Python number that a compiled graph would freeze."""
+READ_BUCKET = 256  # slots by which the prefix that attention reads grows: each value compiles a graph of its own
 
+
+class Now(NamedTuple):
+    """One decode step. All but `reads` are tensors, which no compiled graph freezes."""
+
+    reads: int  # decode slots in use, rounded up: the only number that a graph is compiled for
     position: Tensor  # [B] of the token being written
     kept: Tensor  # [n_layers, B] tokens kept of the prompt, per KV head
     plan: Tensor  # [n_layers, 3]: each layer's scope.Step
@@ -94,7 +98,7 @@ class LayerCache(nn.Module):
     def append(self, now: Now, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write one token, attend to everything live, itself included."""
         self.write(now, k, v)
-        y, prob = kernels.attend_slots(q, self.k, self.v, self.pos >= 0)
+        y, prob = self.attend(now, q)
         if self.scored:
             self.update_score(now, prob)
         return y
@@ -102,7 +106,7 @@ class LayerCache(nn.Module):
     def select(self, now: Now, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """As `append`; then the lowest-scored tokens die, by the score that includes this step."""
         self.write(now, k, v)
-        y, prob = kernels.attend_slots(q, self.k, self.v, self.pos >= 0)
+        y, prob = self.attend(now, q)
         if self.max_evict:
             self.update_score(now, prob)
             self.evict(now)
@@ -121,6 +125,12 @@ class LayerCache(nn.Module):
             return fresh
         victim = self.victims.index_select(-1, reuse.clamp(min=0).view(1))
         return torch.where(reuse >= 0, victim, fresh)
+
+    def attend(self, now: Now, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Over the slots in use, a prefix; the probabilities [B, H, n_slots] of the rest are 0."""
+        n = self.prompt_slots + now.reads
+        y, prob = kernels.attend_slots(q, self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] >= 0)
+        return y, pad(prob, (0, self.pos.shape[2] - prob.shape[2]))
 
     def age(self, now: Now) -> Tensor:
         """[B, H, n] steps that have seen each token that may be evicted; 1 for the newest."""
@@ -167,7 +177,7 @@ class Cache(nn.Module):
             shape = (batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
             self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, dtype))
         steps = list(zip(*(plan.steps for plan in plans), strict=True))  # [T][n_layers]
-        self.selects_at = [any(step.evict for step in layers) for layers in steps]  # the host's copy of the plan
+        self.graph_at = self.graphs(steps, max(plan.n_slots for plan in plans))
         self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
         self.register_buffer("lengths", torch.zeros(batch, dtype=torch.int64))
         self.register_buffer("kept", torch.zeros(config.n_layers, batch, dtype=torch.int64))
@@ -188,6 +198,18 @@ class Cache(nn.Module):
             return length
         spread = self.prompt.compressor.spread or self.policy.strategy.spread
         return spread(self.prompt.budget, layer, self.config.n_layers, length)
+
+    def graphs(self, steps: list, n_slots: int) -> list[tuple[bool, int]]:
+        """For each step, what picks its compiled graph: whether it selects, and how many decode slots it reads.
+
+        The full cache reads all of them, as static caches do; a pool that grows reads what it has grown to.
+        """
+        graphs, used = [], 0
+        bucket = READ_BUCKET if self.policy.strategy.grows else n_slots
+        for layers in steps:
+            used = max(used, *(step.fresh + 1 for step in layers if step.reuse < 0), 0)
+            graphs.append((any(step.evict for step in layers), min(-(-used // bucket) * bucket, n_slots)))
+        return graphs
 
     @property
     def slots(self) -> tuple[list[int], list[int]]:
@@ -231,9 +253,9 @@ class Cache(nn.Module):
             partial(layer.fill, self.lengths, keep, self.prompt) for layer, keep in zip(self.layers, keeps, strict=True)
         ]
 
-    def now(self, t: int) -> Now:
-        """Step t, 1-based."""
-        return Now(self.lengths + (t - 1), self.kept, self.plan[t - 1])
+    def now(self, t: int, reads: int) -> Now:
+        """Step t, 1-based, reading that many decode slots."""
+        return Now(reads, self.lengths + (t - 1), self.kept, self.plan[t - 1])
 
     def appends(self, now: Now) -> list:
         return [partial(layer.append, now) for layer in self.layers]

@@ -282,11 +282,11 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         how = {"mode": "reduce-overhead"} if on_gpu else {"options": CPU_OPTIONS}
         self.step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
-        for select in sorted(set(self.cache.selects_at)):
-            log.info("compiling the %s graph ...", "select" if select else "append")
+        for graph in sorted(set(self.cache.graph_at)):
+            log.info("compiling the %s graph for %d decode slots ...", "select" if graph[0] else "append", graph[1])
             for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay
                 self.begin([0] * self.shape[0])
-                self.decode(1, select)
+                self.decode(1, graph)
         self.wait()
         return time.perf_counter() - began
 
@@ -321,10 +321,10 @@ class Engine:
         return shown
 
     @torch.inference_mode()
-    def decode(self, t: int, select: bool | None = None) -> Tensor:
+    def decode(self, t: int, graph: tuple[bool, int] | None = None) -> Tensor:
         """Step t, 1-based; returns the tokens to show [B], -1 where a row had stopped. The schedule picks the graph."""
-        select = self.cache.selects_at[t - 1] if select is None else select
-        now, noise = self.cache.now(t), self.noise[t % len(self.noise)]
+        select, reads = graph or self.cache.graph_at[t - 1]
+        now, noise = self.cache.now(t, reads), self.noise[t % len(self.noise)]
         step = self.step(self.model, self.cache, self.sampler, now, select, self.token, noise, self.stopped)
         self.token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
         self.steps = t

@@ -193,13 +193,14 @@ class Strategy:
     frozen_prompt: bool = True  # False: prompt and output are one pool of kept prompt + heavy + recent
     ranking: Score | None = None  # None: the one that --score names
     spread: Callable[[int, int, int, int], int] = uniform
+    grows: bool = False  # the pool is small for long: worth a graph of its own while it is
 
 
 STRATEGIES = {
     "full": Strategy(budget=unlimited),
     "slide": Strategy(budget=fixed),
-    "adaptive": Strategy(budget=growing),
-    "discontinuous": Strategy(budget=growing, interval=one_heavy_hitter_apart),
+    "adaptive": Strategy(budget=growing, grows=True),
+    "discontinuous": Strategy(budget=growing, interval=one_heavy_hitter_apart, grows=True),
     "recent": Strategy(budget=fixed, window=whole_budget, ranking=Score(oldest, every_step=False)),
     "h2o": Strategy(budget=fixed, frozen_prompt=False),
     "streaming": Strategy(

@@ -6,9 +6,14 @@ from pathlib import Path
 import sentencepiece
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-TEXT = ["the cat sat on the mat", "a dog and a cat", "Question_1: what is 2 + 3?", "naïve café, 日本語 and 🙂 emoji"] * 8
+TEXT = [
+    "the cat sat on the mat",
+    "a dog and a cat",
+    "Question_1: what is 2 + 3?",
+    "naïve café, 日本語 and 🙂 emoji",
+] * 8
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -35,7 +40,7 @@ def make_checkpoint(folder: Path, tokenizer: str = "sentencepiece", seed: int = 
     config = {name: value for name, value in (CONFIG | changes).items() if value is not None}
     write_json(folder / "config.json", config)
     write_weights(folder, random_weights(CONFIG | changes, seed), shards)
-    {"sentencepiece": write_sentencepiece, "tokenizers": write_fast_tokenizer}[tokenizer](folder)
+    TOKENIZERS[tokenizer](folder)
     return folder
 
 
@@ -90,6 +95,8 @@ def write_sentencepiece(folder: Path) -> None:
         vocab_size=310,
         model_type="bpe",
         byte_fallback=True,
+        normalization_rule_name="identity",  # as Llama's: text comes back as it was, spaces included
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )
@@ -104,7 +111,9 @@ def write_fast_tokenizer(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXT, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -112,6 +121,29 @@ def write_fast_tokenizer(folder: Path) -> None:
         "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
-    settings = {"bos_token": "<|begin|>", "eos_token": {"content": "<|end|>"}, "chat_template": template}
+    eos = {"__type": "AddedToken", "content": "<|end|>", "lstrip": False, "normalized": False, "rstrip": False}
+    settings = {"bos_token": "<|begin|>", "eos_token": eos, "chat_template": template}
     write_json(folder / "tokenizer_config.json", settings)
     write_json(folder / "generation_config.json", {"eos_token_id": [1, 3]})
+
+
+def write_converted_tokenizer(folder: Path) -> None:
+    """A sentencepiece model turned into a tokenizer.json, as TinyLlama and Mistral have it: "▁" for a space."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"theca", "th", "the", "▁the"]
+    merges = [("t", "h"), ("th", "e"), ("▁", "the")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(pieces[:3])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"})
+
+
+TOKENIZERS = {
+    "sentencepiece": write_sentencepiece,
+    "tokenizers": write_fast_tokenizer,
+    "converted": write_converted_tokenizer,
+}

@@ -60,8 +60,9 @@ class Run:
         self.cache.reset()
         yield 0, self.cache.fills(self.prompts)[self.index](*self.blocks[0])
         for t in range(1, self.T + 1):
-            now = self.cache.now(t)
-            attends = self.cache.selects(now) if self.cache.selects_at[t - 1] else self.cache.appends(now)
+            select, reads = self.cache.graph_at[t - 1]
+            now = self.cache.now(t, reads)
+            attends = self.cache.selects(now) if select else self.cache.appends(now)
             yield t, attends[self.index](*self.blocks[t])
 
     def pairs(self):
@@ -220,8 +221,9 @@ def test_the_scores_disagree_where_they_should(score):
     keys = torch.eye(HEAD_DIM) * 6
     queries = [keys[0], keys[0], keys[1]]  # looked at: the first token, the first, the second
     for t in (1, 2, 3):
-        now = cache.now(t)
-        [attend] = cache.selects(now) if cache.selects_at[t - 1] else cache.appends(now)
+        select, reads = cache.graph_at[t - 1]
+        now = cache.now(t, reads)
+        [attend] = cache.selects(now) if select else cache.appends(now)
         attend(*(x.view(1, 1, 1, HEAD_DIM) for x in (queries[t - 1], keys[t - 1], keys[t - 1])))
     kept = {p for p in cache.layers[0].pos[0, 0].tolist() if p >= 0}
     assert kept == {"cumulative": {0, 1, 3}, "current": {0, 2, 3}}[score]

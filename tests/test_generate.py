@@ -176,9 +176,9 @@ def test_no_graph_holds_a_copy_of_the_cache(tiny, policy):
     layer, engine.step = engine.cache.layers[0], torch.compile(engine.step, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
     with torch._inductor.utils.fresh_cache():
-        for select in sorted(set(engine.cache.selects_at)):
+        for graph in sorted(set(engine.cache.graph_at)):
             engine.begin([0] * 3)
-            _, [code] = run_and_get_code(engine.decode, 1, select)
+            _, [code] = run_and_get_code(engine.decode, 1, graph)
             sizes = [
                 [int(n) for n in re.findall(r"\d+", found)]
                 for found in re.findall(r"empty_strided_cpu\(\((.*?)\)", code)

@@ -1,0 +1,653 @@
+"""The command line: what each flag changes, what goes where, and what is refused before anything is computed."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import generate
+from checkpoints import make_checkpoint, write_json
+from generate import Options, load, main
+
+SCRIPT = Path(generate.__file__)
+PROMPT = "the cat and a dog sat on the mat"
+SHORT = ["--no-compile", "--max-new-tokens", "6", "--ignore-eos"]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory):
+    """A checkpoint with a chat template."""
+    return make_checkpoint(tmp_path_factory.mktemp("chatty"), "tokenizers")
+
+
+@pytest.fixture(scope="session")
+def stopping(tiny, tmp_path_factory):
+    """`tiny`, made to stop in the middle of its greedy answer to PROMPT, at a token that one can see."""
+    model, tokenizer = load(str(tiny))
+    [result] = generate.generate(model, tokenizer, [PROMPT], "full", compile=False, max_new_tokens=40, ignore_eos=True)
+    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("stopping"), dirs_exist_ok=True)
+    seen = [i for n, i in enumerate(result.token_ids) if n > 8 and tokenizer.decode([i]).isalpha()]
+    write_json(folder / "generation_config.json", {"eos_token_id": [seen[0], 2]})
+    return folder
+
+
+class Run:
+    """`generate.py` with these arguments: its exit status, what it printed, and the rows of its --output."""
+
+    def __init__(self, capsys, folder, argv):
+        self.output = folder / "rows.jsonl"
+        self.status = main([*argv, "--output", str(self.output)])
+        self.out, err = capsys.readouterr()
+        self.err = [line for line in err.splitlines() if line and not line.startswith("loading ")]
+        lines = self.output.read_text(encoding="utf-8").splitlines() if self.status == 0 else []
+        self.rows = [json.loads(line) for line in lines]
+
+    @property
+    def ids(self):
+        return [row["token_ids"] for row in self.rows]
+
+
+@pytest.fixture
+def run(capsys, tmp_path, tiny):
+    """run("--heavy 3", "--prompt", ...) -> Run, on the tiny checkpoint unless another is named."""
+
+    def run(flags="", *argv, checkpoint=tiny):
+        return Run(capsys, tmp_path, ["--checkpoint", str(checkpoint), *flags.split(), *argv])
+
+    return run
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# ---- every flag changes something
+
+BASE = "--no-compile --ignore-eos --max-new-tokens 48 --heavy 4 --recent 4"
+SNAPKV = "--compress snapkv --prompt-budget 4 --obs-window 2"
+HOT = "--temperature 2"
+
+
+def token_ids(run):
+    return run.ids
+
+
+def stat(name):
+    return lambda run: [row["stats"][name] for row in run.rows]
+
+
+EFFECTS = {  # field of Options -> flags without it, flags with it, where the difference must show
+    "checkpoint": ("", "--checkpoint OTHER", token_ids),
+    "policy": ("", "--policy slide", token_ids),
+    "heavy": ("", "--heavy 1", token_ids),
+    "recent": ("", "--recent 2", token_ids),
+    "score": ("", "--score current", token_ids),
+    "compress": (SNAPKV.replace("snapkv", "full"), SNAPKV, token_ids),
+    "prompt_budget": (SNAPKV, f"{SNAPKV} --prompt-budget 5", token_ids),
+    "obs_window": (SNAPKV, f"{SNAPKV} --obs-window 3", token_ids),
+    "max_new_tokens": ("", "--max-new-tokens 20", lambda run: [len(ids) for ids in run.ids]),
+    "temperature": ("", HOT, token_ids),
+    "top_k": (HOT, f"{HOT} --top-k 2", token_ids),
+    "top_p": (HOT, f"{HOT} --top-p 0.3", token_ids),
+    "seed": (HOT, f"{HOT} --seed 1", token_ids),
+    "ignore_eos": (
+        "--checkpoint STOPPING --policy full",
+        "--checkpoint STOPPING --policy full --ignore-eos",
+        lambda run: [row["finish_reason"] for row in run.rows],
+    ),
+    "batch_size": ("--prompt-file TWO", "--prompt-file TWO --batch-size 1", stat("kv_bytes")),
+    "device": ("--device cpu", "--device nowhere", lambda run: run.status),
+    "dtype": ("", "--dtype bfloat16", stat("kv_bytes")),
+    "compile": ("", "--no-compile", lambda run: [s > 0 for s in stat("compile_s")(run)]),
+}
+
+
+def test_every_option_is_in_the_table_of_effects():
+    assert list(EFFECTS) == [entry.name for entry in fields(Options)]
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_a_flag_changes_what_it_is_there_to_change(run, tmp_path, monkeypatch, other, stopping, name):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)  # seconds; test_generate.py compiles
+    places = {"OTHER": str(other), "STOPPING": str(stopping)}
+    places["TWO"] = write_lines(tmp_path / "two.jsonl", [{"prompt": "the cat"}, {"prompt": PROMPT}])
+    *both, looks_at = EFFECTS[name]
+    base = BASE.replace({"compile": "--no-compile", "ignore_eos": "--ignore-eos"}.get(name, "nothing"), "")
+    found = []
+    for flags in both:
+        for word, place in places.items():
+            flags = flags.replace(word, place)
+        prompt = [] if "--prompt-file" in flags else ["--prompt", PROMPT]
+        result = run(f"{base} {flags}", *prompt)
+        assert result.status == 0 or name == "device"
+        found.append(looks_at(result))
+    assert found[0] != found[1]
+
+
+def test_help_names_every_flag_with_its_default(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    entries = [" ".join(entry.split()) for entry in capsys.readouterr().out.split("\n  -")]
+    assert exit.value.code == 0
+    for option in fields(Options):
+        flag = f"-{'no-' if option.default is True else ''}{option.name.replace('_', '-')}"
+        [entry] = [entry for entry in entries if entry.split()[0] == flag]
+        assert isinstance(option.default, bool) or entry.endswith(f"(default: {option.default})")
+    for flag in ("-prompt", "-prompt-file", "-chat", "-output", "-trace"):
+        assert flag in [entry.split()[0] for entry in entries]
+
+
+# ---- where prompts come from
+
+
+def test_a_prompt_is_the_same_from_every_source(run, tmp_path, monkeypatch, tiny):
+    (tmp_path / "one.txt").write_text(PROMPT, encoding="utf-8")
+    ids = load(str(tiny))[1].encode(PROMPT)
+    rows = write_lines(tmp_path / "both.jsonl", [{"prompt": PROMPT}, {"prompt_ids": ids}])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    sources = [["--prompt", PROMPT], ["--prompt-file", str(tmp_path / "one.txt")], ["-"], ["--prompt-file", rows]]
+    [found] = {tuple(answer) for source in sources for answer in run(" ".join(SHORT), *source).ids}
+    assert len(found) == 6
+
+
+def test_prompt_ids_are_taken_as_they_are(run, tmp_path):
+    """No bos is put before them, and special ids among them are nobody's mistake."""
+    file = write_lines(tmp_path / "ids.jsonl", [{"prompt_ids": [268, 2, 1, 0, 319]}])
+    [row] = run(" ".join(SHORT), "--prompt-file", file).rows
+    assert row["prompt_len"] == 5
+
+
+def test_blank_lines_of_a_jsonl_file_are_no_prompts(run, tmp_path):
+    file = tmp_path / "gaps.jsonl"
+    file.write_text('\n{"prompt": "the cat"}\r\n   \n{"prompt": "a\u2028dog"}', encoding="utf-8")
+    assert len(run(" ".join(SHORT), "--prompt-file", str(file)).rows) == 2
+
+
+def test_a_text_file_is_one_prompt_with_its_line_breaks(run, tmp_path, tiny):
+    (tmp_path / "lines.txt").write_text("the cat\n\na dog\n", encoding="utf-8")
+    [row] = run(" ".join(SHORT), "--prompt-file", str(tmp_path / "lines.txt")).rows
+    assert row["prompt_len"] == len(load(str(tiny))[1].encode("the cat\n\na dog\n"))
+
+
+# ---- where results go
+
+FIVE = [{"prompt": "the cat"}, {"prompt_ids": [5]}, {"prompt": PROMPT}, {"prompt_ids": [9, 8, 7]}, {"prompt": "a dog"}]
+
+
+def test_rows_are_in_input_order_whatever_the_batch_size(run, tmp_path):
+    file = write_lines(tmp_path / "five.jsonl", FIVE)
+    for size in (1, 2, 5, 99):
+        rows = run(f"{' '.join(SHORT)} --batch-size {size}", "--prompt-file", file).rows
+        assert [row["index"] for row in rows] == [0, 1, 2, 3, 4]
+        assert [row["prompt_len"] for row in rows] == [3, 1, 17, 3, 5]
+
+
+def test_a_row_is_in_the_file_before_the_next_batch_begins(run, tmp_path, monkeypatch):
+    file, lines, prefill = write_lines(tmp_path / "five.jsonl", FIVE), [], generate.Engine.prefill
+
+    def count_lines_and_prefill(engine, rows):
+        lines.append((tmp_path / "rows.jsonl").read_bytes().count(b"\n"))
+        return prefill(engine, rows)
+
+    monkeypatch.setattr(generate.Engine, "prefill", count_lines_and_prefill)
+    run(f"{' '.join(SHORT)} --batch-size 2", "--prompt-file", file)
+    assert lines == [0, 2, 4]
+
+
+def test_a_row_has_the_documented_keys(run):
+    [row] = run(BASE, "--prompt", PROMPT).rows
+    settings = {"policy": "discontinuous", "heavy": 4, "recent": 4, "score": "cumulative"}
+    assert list(row) == ["index", "prompt_len", "token_ids", "text", "finish_reason", "stats"]
+    promised = "policy heavy recent score steps kv_bytes kv_bytes_full prefill_s compile_s decode_s tokens_per_s"
+    assert set(promised.split()) <= set(row["stats"])
+    assert settings.items() <= row["stats"].items()
+    assert row["stats"]["steps"] == 47 and row["stats"]["prefill_s"] > 0 and row["stats"]["compile_s"] == 0
+
+
+def test_the_full_caches_bytes_are_those_of_prompt_plus_T_and_a_policy_takes_fewer(run):
+    full = run(f"{BASE} --policy full", "--prompt", PROMPT).rows[0]["stats"]
+    small = run(f"{BASE} --policy slide", "--prompt", PROMPT).rows[0]["stats"]
+    keys_and_values = 2 * 2 * 2 * 8 * 4  # K and V, layers, heads, head_dim, float32
+    assert keys_and_values * (17 + 48) <= full["kv_bytes_full"] <= 1.2 * keys_and_values * (64 + 48)
+    assert small["kv_bytes"] < small["kv_bytes_full"] == full["kv_bytes_full"] == full["kv_bytes"]
+
+
+def test_token_ids_are_the_generated_ones_and_text_is_theirs(run, tiny):
+    result = run(BASE, "--prompt", PROMPT)
+    [row] = result.rows
+    assert len(row["token_ids"]) == 48 and row["finish_reason"] == "length"
+    assert row["text"] == load(str(tiny))[1].decode(row["token_ids"])
+
+
+def test_a_stopped_row_holds_its_stop_token_but_not_in_its_text(run, stopping):
+    free = run(BASE + " --policy full", "--prompt", PROMPT).ids[0]
+    result = run("--no-compile --max-new-tokens 48 --policy full", "--prompt", PROMPT, checkpoint=stopping)
+    [row], (_, tokenizer) = result.rows, load(str(stopping))
+    assert row["finish_reason"] == "stop" and row["token_ids"][-1] in tokenizer.stop_ids
+    assert row["token_ids"] == free[: len(row["token_ids"])] and row["stats"]["steps"] < 47
+    assert row["text"] == tokenizer.decode(row["token_ids"][:-1]) == result.out.removesuffix("\n")
+    assert row["text"] != tokenizer.decode(row["token_ids"])
+
+
+def test_standard_output_holds_the_texts_alone_in_input_order(run, tmp_path):
+    file = write_lines(tmp_path / "five.jsonl", FIVE)
+    result = run(f"{BASE} --batch-size 2", "--prompt-file", file)
+    assert result.out == "".join(row["text"].removesuffix("\n") + "\n" for row in result.rows)
+
+
+def test_the_summary_on_standard_error_has_the_figures_of_the_rows(run):
+    result = run(BASE, "--prompt", PROMPT)
+    said, stats = " ".join(result.err), result.rows[0]["stats"]
+    assert all(word in said for word in ("discontinuous", "heavy 4", "recent 4", "cumulative"))
+    assert f"{stats['kv_bytes'] / stats['kv_bytes_full']:.0%}" in said
+    assert f"{stats['tokens_per_s']:.1f} tokens/s" in said
+
+
+def test_without_output_nothing_is_written(capsys, tmp_path, monkeypatch, tiny):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--checkpoint", str(tiny), "--prompt", "the cat", *SHORT]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/stdout"])
+def test_output_may_be_a_device(capfd, tiny, device):
+    assert main(["--checkpoint", str(tiny), "--prompt", "the cat", *SHORT, "--output", device]) == 0
+    assert ('"finish_reason"' in capfd.readouterr().out) is (device == "/dev/stdout")
+
+
+def test_a_full_disk_ends_the_run_in_one_line(capsys, tiny):
+    assert main(["--checkpoint", str(tiny), "--prompt", "the cat", *SHORT, "--output", "/dev/full"]) == 2
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- --trace
+
+
+def traced(run, tmp_path, flags):
+    file = tmp_path / "trace.npz"
+    [row] = run(f"{BASE} {flags}", "--prompt", PROMPT, "--trace", str(file)).rows
+    with np.load(file) as trace:
+        return row, {name: trace[name] for name in trace.files}
+
+
+@pytest.mark.parametrize("policy", ["full", "slide", "discontinuous"])
+def test_a_trace_holds_the_position_in_every_slot_after_prefill_and_every_step(run, tmp_path, policy):
+    row, trace = traced(run, tmp_path, f"--policy {policy}")
+    pos, prompt_slots = trace["pos"], int(trace["prompt_slots"])
+    slots = prompt_slots + row["stats"]["decode_slots"]
+    assert pos.dtype == np.int32 and pos.shape == (row["stats"]["steps"] + 1, 2, 1, 2, slots)
+    prompt, decode = np.split(pos, [prompt_slots], axis=-1)
+    assert (prompt[..., :17] == np.arange(17)).all() and (prompt[..., 17:] == -1).all()
+    assert (decode[0] == -1).all()
+    for t in range(1, len(pos)):
+        assert (decode[t].max(-1) == 17 + t - 1).all()  # the token of step t has just been written
+        assert (decode[t] >= 0).sum(-1).max() <= (t if policy == "full" else slots - prompt_slots)
+    last = {"full": 47, "slide": 8}.get(policy)
+    assert last is None or ((decode[-1] >= 0).sum(-1) == last).all()
+
+
+def test_a_trace_names_its_settings(run, tmp_path):
+    _, trace = traced(run, tmp_path, "--policy slide --score current")
+    found = [trace[name].item() for name in ("policy", "heavy", "recent", "score", "max_new_tokens")]
+    assert found == ["slide", 4, 4, "current", 48]
+    assert [file.name for file in tmp_path.iterdir() if "trace" in file.name] == ["trace.npz"]
+
+
+def test_a_trace_of_a_batch_has_a_row_for_each_prompt(run, tmp_path):
+    file = write_lines(tmp_path / "five.jsonl", FIVE)
+    run(BASE, "--prompt-file", file, "--trace", str(tmp_path / "trace.npz"))
+    with np.load(tmp_path / "trace.npz") as trace:
+        live = (trace["pos"][0] >= 0).sum(-1)
+    assert live.tolist() == [[[n, n] for n in (3, 1, 17, 3, 5)]] * 2
+
+
+# ---- what is refused
+
+IMPOSSIBLE = {
+    "--heavy -1": ["heavy", "-1"],
+    "--recent -1": ["recent", "-1"],
+    "--heavy 1.5": ["--heavy", "1.5"],
+    "--heavy many": ["--heavy", "many"],
+    "--max-new-tokens 0": ["max_new_tokens", "0"],
+    "--max-new-tokens 999": ["1002", "512 positions", "--max-new-tokens"],
+    "--temperature -0.1": ["temperature", "-0.1"],
+    "--temperature nan": ["temperature", "nan"],
+    "--temperature inf": ["temperature", "inf"],
+    "--top-k -1": ["top_k", "-1"],
+    "--top-p 0": ["top_p", "0"],
+    "--top-p 1.01": ["top_p", "1.01"],
+    "--top-p nan": ["top_p", "nan"],
+    "--seed -1": ["seed", "-1"],
+    f"--seed {2**63}": ["seed", str(2**63)],
+    "--batch-size 0": ["batch_size", "0"],
+    "--prompt-budget 0": ["prompt_budget", "0"],
+    "--obs-window 0": ["obs_window", "0"],
+    "--prompt-budget 4 --obs-window 5": ["obs_window", "5", "4"],
+    "--policy best": ["--policy", "best", "discontinuous"],
+    "--score best": ["--score", "best", "cumulative"],
+    "--compress zip": ["--compress", "zip", "snapkv"],
+    "--nonsense": ["--nonsense", "--help"],
+    "--prompt": ["--prompt", "--help"],
+    "- ": ["not several"],
+    "--prompt-file one.txt": ["not several"],
+    "--output": ["--output", "--help"],
+    "--output missing/rows.jsonl": ["--output", "missing"],
+    "--output folder": ["--output", "folder", "directory"],
+    "--output one.txt/rows.jsonl": ["--output", "one.txt"],
+    "--trace missing/trace.npz": ["--trace", "missing"],
+    "--trace folder": ["--trace", "folder", "directory"],
+    "--trace one.npz --output folder/../one.npz": ["same file"],
+}
+FILES = {  # what is wrong with a prompt file -> the file, and what must be named
+    "no JSON": ("{oops}", ["bad.jsonl:1", "broken JSON"]),
+    "no JSON further down": ('{"prompt": "x"}\n\n{"prompt": }', ["bad.jsonl:3", "broken JSON"]),
+    "no object": ('{"prompt": "x"}\n["x"]', ["bad.jsonl:2", "prompt_ids"]),
+    "no prompt in it": ('{"promt": "x"}', ["bad.jsonl:1", "prompt_ids"]),
+    "a prompt that is no text": ('{"prompt": ["x"]}', ["bad.jsonl:1", "TEXT"]),
+    "a prompt that is null": ('{"prompt": null}', ["bad.jsonl:1", "TEXT"]),
+    "ids that are no list": ('{"prompt_ids": "x"}', ["bad.jsonl:1", "ID"]),
+    "a prompt and ids": ('{"prompt": "x", "prompt_ids": [5]}', ["bad.jsonl:1"]),
+    "half a character": ('{"prompt": "x"}\n{"prompt": "\\ud800"}', ["surrogate"]),
+    "an id above the vocabulary": ('{"prompt_ids": [5, 320]}', ["prompt 0", "320", "319"]),
+    "an id below it": ('{"prompt_ids": [5]}\n{"prompt_ids": [-1]}', ["prompt 1", "-1"]),
+    "an id that is no whole number": ('{"prompt_ids": [1.0]}', ["prompt 0", "1.0"]),
+    "an id that is true": ('{"prompt_ids": [true]}', ["prompt 0", "True"]),
+    "an id that is a list": ('{"prompt_ids": [[5]]}', ["prompt 0", "[5]"]),
+    "no ids": ('{"prompt_ids": []}', ["prompt 0", "empty"]),
+    "too many ids": ('{"prompt_ids": [5]}\n' + f'{{"prompt_ids": {[5] * 510}}}', ["prompt 1", "510", "512 positions"]),
+    "nothing": ("", ["no prompts"]),
+    "blank lines": ("\n \n", ["no prompts"]),
+}
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch, tiny):
+    """Runs in a folder with files of value; what is refused says so in one line and touches none of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
+    (tmp_path / "folder").mkdir()
+    for name in ("one.txt", "one.npz", "rows.jsonl"):
+        (tmp_path / name).write_text("precious")
+
+    def refused(*argv, checkpoint=tiny):
+        if "--output" not in argv:
+            argv = ("--output", "rows.jsonl", *argv)
+        before = contents(tmp_path)
+        status = main(["--checkpoint", str(checkpoint), "--no-compile", "--max-new-tokens", "3", *argv])
+        out, err = capsys.readouterr()
+        lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+        assert (status, out, len(lines)) == (2, "", 1), err
+        assert lines[0].startswith("generate.py: error: ") and contents(tmp_path) == before
+        return lines[0]
+
+    return refused
+
+
+def contents(folder):
+    return {str(path): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("flags", IMPOSSIBLE)
+def test_an_impossible_setting_is_refused_in_one_line_before_anything_is_written(refused, flags):
+    line = refused("--prompt", "the cat", *flags.split())
+    assert [word for word in IMPOSSIBLE[flags] if word not in line] == [], line
+
+
+@pytest.mark.parametrize("text, named", FILES.values(), ids=FILES)
+def test_a_bad_prompt_file_is_refused_in_one_line_that_says_where(refused, tmp_path, text, named):
+    (tmp_path / "bad.jsonl").write_text(text + "\n")
+    line = refused("--prompt-file", "bad.jsonl")
+    assert [word for word in named if word not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    {"missing.txt": None, "folder": None, "latin.txt": b"caf\xe9", "latin.jsonl": b'{"prompt": "\xe9"}'}.items(),
+)
+def test_a_prompt_file_that_cannot_be_read_is_refused(refused, tmp_path, file, content):
+    if content:
+        (tmp_path / file).write_bytes(content)
+    assert f"prompt file {file} cannot be read" in refused("--prompt-file", file)
+
+
+def test_prompts_that_are_no_text_at_all_are_refused(refused, chatty):
+    """Bytes of the command line that are no UTF-8 reach Python as lone surrogates."""
+    assert "prompt" in refused("--prompt", "caf\udce9", checkpoint=chatty)
+
+
+def test_an_empty_prompt_is_refused_where_the_tokenizer_adds_nothing(refused, tmp_path, tiny):
+    folder = shutil.copytree(tiny, tmp_path / "folder" / "no bos")
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": False})
+    assert "prompt 0 is empty" in refused("--prompt", "", checkpoint=folder)
+
+
+def test_the_prompt_file_is_not_overwritten_by_the_output(refused, tmp_path):
+    file = write_lines(tmp_path / "five.jsonl", FIVE)
+    (tmp_path / "link.jsonl").symlink_to(file)
+    for other_name in ("five.jsonl", "./folder/../five.jsonl", "link.jsonl"):
+        assert "same file" in refused("--prompt-file", file, "--output", other_name)
+
+
+def test_an_empty_path_is_a_mistake_and_no_wish_for_no_output(refused):
+    """As from `--output "$UNSET"`: the rows of a long run would be lost."""
+    for flag in ("--output", "--trace"):
+        assert flag in refused("--prompt", "the cat", flag, "")
+
+
+def test_an_output_without_permission_is_refused(refused, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, whom nothing stops
+    assert "no permission" in refused("--prompt", "the cat")
+
+
+def test_no_prompt_is_refused_unless_the_model_is_the_bundled_one(refused):
+    line = refused()
+    assert all(word in line for word in ("no prompt", "--prompt", "--prompt-file"))
+
+
+def test_a_trace_of_several_batches_is_refused(refused, tmp_path):
+    line = refused("--prompt-file", write_lines(tmp_path / "f.jsonl", FIVE), "--trace", "t.npz", "--batch-size", "4")
+    assert "--trace" in line and "--batch-size 5" in line
+
+
+def test_a_trace_above_a_gibibyte_is_refused_with_its_size(refused, tmp_path):
+    file = write_lines(tmp_path / "many.jsonl", [{"prompt": "the cat"}] * 400)
+    line = refused(
+        "--prompt-file",
+        file,
+        *["--policy", "full", "--max-new-tokens", "500", "--batch-size", "400", "--trace", "t.npz"],
+    )
+    slots = 64 + 500
+    low, high = (2 * 400 * 2 * n * 4 * 500 / 2**30 for n in (3 + 499, slots))
+    size = float(line.split(" GiB")[0].split()[-1])
+    assert low - 0.1 < size < high + 0.1 and "--max-new-tokens" in line
+
+
+# ---- --chat
+
+
+def messages(*texts):
+    return [
+        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(texts), texts, strict=False)
+    ]
+
+
+def test_a_conversation_remembers_what_was_said(run, monkeypatch, chatty):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\nthe mat\n"))
+    result = run(" ".join(SHORT), "--chat", checkpoint=chatty)
+    tokenizer = load(str(chatty))[1]
+    first, second, third = (row["text"] for row in result.rows)
+    prompts = [messages("the cat"), messages("the cat", first, "a dog")]
+    prompts.append(messages("the cat", first, "a dog", second, "the mat"))
+    assert [row["prompt_len"] for row in result.rows] == [len(tokenizer.chat(prompt)) for prompt in prompts]
+    assert [row["index"] for row in result.rows] == [0, 1, 2]
+    assert result.status == 0 and result.out == "".join(
+        text.removesuffix("\n") + "\n" for text in (first, second, third)
+    )
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_on_a_terminal_a_prompt_is_only_the_first_turn(run, monkeypatch, chatty):
+    monkeypatch.setattr(sys, "stdin", Terminal("a dog\n"))
+    assert len(run(" ".join(SHORT), "--chat", "--prompt", "the cat", checkpoint=chatty).rows) == 2
+
+
+def test_without_a_terminal_a_prompt_is_the_whole_conversation(run, monkeypatch, chatty):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a dog\n"))
+    assert len(run(" ".join(SHORT), "--chat", "--prompt", "the cat", checkpoint=chatty).rows) == 1
+
+
+def test_the_prompt_sign_of_a_terminal_is_no_generated_text(run, monkeypatch, chatty):
+    monkeypatch.setattr(sys, "stdin", Terminal("a dog\n"))
+    result = run(" ".join(SHORT), "--chat", checkpoint=chatty)
+    assert result.out == result.rows[0]["text"].removesuffix("\n") + "\n"
+
+
+def test_a_conversation_that_outgrows_the_model_ends_in_one_line_and_keeps_its_rows(
+    capsys, tmp_path, monkeypatch, chatty
+):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\n"))
+    output = tmp_path / "rows.jsonl"
+    status = main(
+        ["--checkpoint", str(chatty), "--no-compile", "--chat", "--output", str(output), "--max-new-tokens", "500"]
+    )
+    assert status == 2 and "512 positions" in capsys.readouterr().err.splitlines()[-1]
+    assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0]
+
+
+def test_chat_with_a_prompt_file_answers_each_prompt_by_itself(run, tmp_path, chatty):
+    file = write_lines(tmp_path / "two.jsonl", [{"prompt": "the cat"}, {"prompt": "a dog"}])
+    rows = run(" ".join(SHORT), "--chat", "--prompt-file", file, checkpoint=chatty).rows
+    tokenizer = load(str(chatty))[1]
+    assert [row["prompt_len"] for row in rows] == [len(tokenizer.chat(messages(text))) for text in ("the cat", "a dog")]
+
+
+def test_prompt_ids_are_taken_as_they_are_with_chat_too(run, tmp_path, chatty):
+    file = write_lines(tmp_path / "ids.jsonl", [{"prompt_ids": [0, 2, 266, 3]}])
+    [row] = run(" ".join(SHORT), "--chat", "--prompt-file", file, checkpoint=chatty).rows
+    assert row["prompt_len"] == 4
+
+
+@pytest.mark.parametrize("argv", [["--chat"], ["--chat", "--prompt", "the cat"], ["--chat", "-"]])
+def test_chat_without_a_template_is_refused(refused, argv):
+    assert "no chat template" in refused(*argv)
+
+
+def test_a_conversation_cannot_be_traced(refused, chatty):
+    assert "--trace" in refused("--chat", "--trace", "t.npz", checkpoint=chatty)
+
+
+# ---- Ctrl-C, and a reader who leaves
+
+
+def interrupt(*anything, **whatever):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("place", ["load", "Engine.prefill", "Llama.forward", "Sampler.forward"])
+def test_ctrl_c_ends_a_run_with_one_word_wherever_it_comes(capsys, monkeypatch, tiny, place):
+    owner, name = generate, place
+    if "." in place:
+        owner, name = getattr(generate, place.split(".")[0]), place.split(".")[1]
+    monkeypatch.setattr(owner, name, interrupt)
+    assert main(["--checkpoint", str(tiny), "--prompt", "the cat", *SHORT]) == 130
+    said = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert [line for line in said if not line.startswith("loading ")] == ["interrupted"]
+
+
+def test_ctrl_c_at_the_prompt_sign_ends_a_conversation(capsys, monkeypatch, chatty):
+    monkeypatch.setattr("builtins.input", interrupt)
+    assert main(["--checkpoint", str(chatty), "--chat", *SHORT]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_the_rows_of_the_running_batch_that_had_stopped(tiny):
+    model, tokenizer = load(str(tiny))
+    settings = {"compile": False, "max_new_tokens": 60}
+    free = [r.token_ids for r in generate.generate(model, tokenizer, ["the cat", PROMPT], **settings, ignore_eos=True)]
+    tokenizer.stop_ids = [next(i for i in free[1][5:20] if i not in free[0])]
+    steps = []
+
+    def interrupt_after_thirty(cache):
+        steps.append(cache)
+        if len(steps) == 30:
+            raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        kept.extend(
+            generate.generate(model, tokenizer, ["the cat", PROMPT], **settings, on_step=interrupt_after_thirty)
+        )
+    assert [(result.index, result.finish_reason) for result in kept] == [(1, "stop")]
+
+
+@pytest.fixture
+def start(tmp_path, tiny):
+    """A run in a process of its own: many prompts one after another, so that it is never done when it is cut short."""
+    prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": PROMPT}] * 500)
+    argv = [sys.executable, str(SCRIPT), "--checkpoint", str(tiny), "--prompt-file", prompts, "--batch-size", "1"]
+    argv += ["--no-compile", "--ignore-eos", "--max-new-tokens", "100", "--output", str(tmp_path / "rows.jsonl")]
+    started = []
+
+    def start(stdout):
+        hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background does not
+        started.append(subprocess.Popen(argv, stdout=stdout, stderr=subprocess.PIPE, **hears))
+        return started[0]
+
+    yield start
+    started[0].kill()
+    started[0].wait()
+
+
+def finished_rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def test_ctrl_c_leaves_one_clean_line_and_the_finished_rows(start, tmp_path, tiny):
+    process = start(subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(finished_rows(tmp_path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1].decode().splitlines()
+    assert process.returncode == 130
+    assert [line for line in said if line] == [f"loading {tiny}", "interrupted"]
+    rows = finished_rows(tmp_path)
+    assert 2 <= len(rows) < 500 and [row["index"] for row in rows] == list(range(len(rows)))
+    assert all(len(row["token_ids"]) == 100 for row in rows)
+
+
+def test_a_reader_who_leaves_ends_the_run_without_a_word(start, tmp_path, tiny):
+    """As in `generate.py ... | head -c 9`."""
+    process = start(subprocess.PIPE)
+    assert len(process.stdout.read(9)) == 9
+    process.stdout.close()
+    said = process.stderr.read().decode().splitlines()
+    assert process.wait(timeout=30) == 1
+    assert said == [f"loading {tiny}"]
+    assert len(finished_rows(tmp_path)) < 500

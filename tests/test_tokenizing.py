@@ -1,0 +1,315 @@
+"""Text to ids and back, text as it streams, and chat templates: strangers' programs that run in a sandbox."""
+
+import json
+import shutil
+from datetime import datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from checkpoints import TOKENIZERS, make_checkpoint, write_json
+from generate import TextStream, load, main
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    """One checkpoint per kind of tokenizer."""
+    return {kind: make_checkpoint(tmp_path_factory.mktemp(kind), kind) for kind in TOKENIZERS}
+
+
+@pytest.fixture(scope="session")
+def tokenizers(folders):
+    return {kind: load(str(folder))[1] for kind, folder in folders.items()}
+
+
+every_kind = pytest.mark.parametrize("kind", TOKENIZERS)
+byte_level = pytest.mark.parametrize("kind", ["tokenizers"])
+letters = "".join(set("the cat\n\t 3é日本語🙂👩‍👩‍👧 \x00<>|\ufffd"))
+texts = st.text(letters, max_size=20)
+
+
+# ---- ids
+
+
+@every_kind
+@given(text=texts)
+def test_a_text_comes_back_from_its_ids(tokenizers, kind, text):
+    assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
+
+
+@pytest.mark.parametrize("kind, bos", {"sentencepiece": 1, "tokenizers": 0, "converted": 1}.items())
+@pytest.mark.parametrize("text", ["the cat", ""])
+def test_a_prompt_starts_with_one_bos(tokenizers, kind, bos, text):
+    ids = tokenizers[kind].encode(text)
+    assert ids[0] == bos and bos not in ids[1:]
+
+
+def test_a_sentencepiece_checkpoint_may_ask_for_no_bos(folders, tmp_path):
+    folder = shutil.copytree(folders["sentencepiece"], tmp_path / "copy")
+    with_bos = load(str(folder))[1].encode("the cat")
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": False})
+    assert load(str(folder))[1].encode("the cat") == with_bos[1:]
+
+
+SPECIAL = {"sentencepiece": ("</s>", 2), "tokenizers": ("<|user|>", 2), "converted": ("</s>", 2)}
+
+
+@pytest.mark.parametrize("kind, token, wanted", [(kind, *special) for kind, special in SPECIAL.items()])
+def test_a_special_token_in_a_text_becomes_its_id_and_is_not_shown(tokenizers, kind, token, wanted):
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(f"the{token}cat{token}")
+    assert ids.count(wanted) == 2 and ids[-1] == wanted
+    assert tokenizer.decode(ids).replace(" ", "") == "thecat"
+
+
+def test_tokens_added_beside_a_sentencepiece_model_are_special_too(folders, tmp_path):
+    """Vicuna and the like: ids that follow the model's own, named in tokenizer_config.json alone."""
+    folder = shutil.copytree(folders["sentencepiece"], tmp_path / "copy")
+    added = {"310": {"content": "<|turn|>", "special": True}, "311": {"content": "<|turn|>+", "special": True}}
+    write_json(folder / "tokenizer_config.json", {"added_tokens_decoder": added, "eos_token": "<|turn|>"})
+    tokenizer = load(str(folder))[1]
+    ids = tokenizer.encode("the<|turn|>+<|turn|>cat")
+    assert [i for i in ids if i >= 310] == [311, 310]
+    assert tokenizer.decode(ids).split() == ["the", "cat"]
+    assert 310 in tokenizer.stop_ids
+
+
+def test_where_both_files_are_there_the_tokenizer_json_is_read(folders, tokenizers, tmp_path):
+    folder = shutil.copytree(folders["tokenizers"], tmp_path / "copy")
+    shutil.copy(folders["sentencepiece"] / "tokenizer.model", folder)
+    assert load(str(folder))[1].encode("the cat") == tokenizers["tokenizers"].encode("the cat")
+
+
+def test_a_file_that_pads_or_truncates_does_neither_here(folders, tokenizers, tmp_path):
+    """Files saved in the midst of a training run carry its settings along."""
+    folder = shutil.copytree(folders["tokenizers"], tmp_path / "copy")
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    pad = {"pad_id": 0, "pad_type_id": 0, "pad_token": "<|begin|>", "pad_to_multiple_of": 64}
+    saved["padding"] = {"strategy": "BatchLongest", "direction": "Right"} | pad
+    write_json(folder / "tokenizer.json", saved)
+    assert load(str(folder))[1].encode("a dog and a cat") == tokenizers["tokenizers"].encode("a dog and a cat")
+
+
+@pytest.mark.parametrize("text", ["the cat", "a<|user|>b<|end|>", "naïve 日本語 🙂  \n", ""])
+def test_ids_are_those_of_transformers(folders, tokenizers, text):
+    transformers = pytest.importorskip("transformers")
+    for kind in ("tokenizers", "converted"):
+        theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders[kind])
+        assert tokenizers[kind].encode(text) == theirs(text)["input_ids"]
+
+
+# ---- text as it streams
+
+
+def stream(tokenizer, chunks):
+    """What is shown after each chunk, and at the end."""
+    text = TextStream(tokenizer)
+    return [*(text.push(list(chunk)) for chunk in chunks), text.push([], last=True)]
+
+
+def cut(ids, data):
+    chunks = []
+    while ids:
+        size = data.draw(st.integers(1, 4))
+        chunks, ids = [*chunks, ids[:size]], ids[size:]
+    return chunks
+
+
+@every_kind
+@given(text=texts, data=st.data())
+def test_streamed_pieces_are_the_text_and_split_no_character(tokenizers, kind, text, data):
+    text = text.replace("\ufffd", "")
+    pieces = stream(tokenizers[kind], cut(tokenizers[kind].encode(text), data))
+    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
+
+
+ANY = {  # no bytes where the decoder itself takes the text of a run of bytes back when one of them is broken
+    "sentencepiece": st.integers(0, 309),
+    "tokenizers": st.integers(0, 299),
+    "converted": st.sampled_from([0, 1, 2, *range(259, 268)]),
+}
+
+
+@every_kind
+@given(data=st.data())
+def test_streamed_pieces_of_any_ids_are_their_text(tokenizers, kind, data):
+    """Models write stray bytes and special tokens as well."""
+    ids = data.draw(st.lists(ANY[kind], max_size=16))
+    assert "".join(stream(tokenizers[kind], cut(ids, data))) == tokenizers[kind].decode(ids)
+
+
+@every_kind
+def test_a_special_token_between_two_words_costs_no_space_in_the_stream(tokenizers, kind):
+    words = tokenizers[kind].encode("the cat the cat")
+    ids = [i for word in words for i in (word, tokenizers[kind].stop_ids[0])]
+    assert "".join(stream(tokenizers[kind], [[i] for i in ids])) == "the cat the cat"
+
+
+@every_kind
+@given(text=texts)
+def test_text_is_shown_as_soon_as_it_is_whole(tokenizers, kind, text):
+    ids = tokenizers[kind].encode(text)
+    pieces = stream(tokenizers[kind], [[i] for i in ids])
+    for n in range(1, len(ids) + 1):
+        so_far = tokenizers[kind].decode(ids[:n])
+        assert so_far.endswith("\ufffd") or "".join(pieces[:n]) == so_far
+
+
+@every_kind
+def test_a_character_of_four_tokens_comes_with_the_last(tokenizers, kind):
+    ids = tokenizers[kind].encode("🦖")[-4:]
+    assert stream(tokenizers[kind], [[i] for i in ids]) == ["", "", "", "🦖", ""]
+
+
+def test_a_character_that_is_never_completed_is_shown_at_the_end(tokenizers):
+    ids = tokenizers["tokenizers"].encode("cat🦖")[:-1]
+    assert "".join(stream(tokenizers["tokenizers"], [ids])) == "cat\ufffd"
+
+
+# ---- chat templates
+
+HELLO = [{"role": "user", "content": "the cat"}]
+
+
+def with_template(folders, tmp_path, template, file="chat_template.jinja"):
+    """The byte-level checkpoint's tokenizer, with a template of one's own instead of its own."""
+    folder = shutil.copytree(folders["tokenizers"], tmp_path / "copy")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    if file == "chat_template.jinja":
+        (folder / file).write_text(template)
+    elif template is None:
+        del settings["chat_template"]
+        write_json(folder / file, settings)
+    else:
+        write_json(folder / file, settings | {"chat_template": template})
+    return folder
+
+
+@pytest.fixture
+def render(folders, tmp_path):
+    """template, messages -> the prompt as a text (the byte-level tokenizer gives every text back)."""
+
+    def render(template, messages=HELLO, **where):
+        _, tokenizer = load(str(with_template(folders, tmp_path, template, **where)))
+        return tokenizer.decode(tokenizer.chat(messages))
+
+    return render
+
+
+def test_a_conversation_becomes_the_templates_ids_with_one_bos_and_the_generation_prompt(tokenizers):
+    tokenizer = tokenizers["tokenizers"]
+    begin, end, user, assistant = (
+        tokenizer.backend.id_of(f"<|{name}|>") for name in ("begin", "end", "user", "assistant")
+    )
+    plain = {text: tokenizer.encode(text)[1:] for text in ("the cat", "a dog", "🙂")}
+    messages = [*HELLO, {"role": "assistant", "content": "a dog"}, {"role": "user", "content": "🙂"}]
+    turns = [user, *plain["the cat"], assistant, *plain["a dog"], user, *plain["🙂"]]
+    assert tokenizer.chat(messages) == [begin, *turns, assistant]
+
+
+def test_chat_ids_are_those_of_transformers(folders, tokenizers):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders["tokenizers"])
+    wanted = theirs.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+    assert tokenizers["tokenizers"].chat(HELLO) == wanted
+
+
+def test_a_sentencepiece_checkpoint_chats_too(folders, tmp_path):
+    folder = shutil.copytree(folders["sentencepiece"], tmp_path / "copy")
+    template = "{{ bos_token }}[INST] {{ messages[0].content }} [/INST]"
+    write_json(
+        folder / "tokenizer_config.json",
+        {"chat_template": template, "bos_token": "<s>", "eos_token": {"content": "</s>"}},
+    )
+    tokenizer = load(str(folder))[1]
+    assert tokenizer.chat(HELLO) == tokenizer.encode("[INST] the cat [/INST]")
+
+
+LIST = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
+
+
+@pytest.mark.parametrize(
+    "template, file, wanted",
+    [
+        ("{{ messages[0].content }}!", "chat_template.jinja", "the cat!"),
+        ("{{ messages[0].content }}!", "tokenizer_config.json", "the cat!"),
+        (LIST, "tokenizer_config.json", "the cat!"),
+    ],
+    ids=["a file of its own", "tokenizer_config.json", "the default of several"],
+)
+def test_the_template_is_found_wherever_it_is_kept(render, template, file, wanted):
+    assert render(template, file=file) == wanted
+
+
+RENDERED = {
+    "tags leave no lines behind": ("{% if true %}\na\n    {% endif %}\nb", "a\nb"),
+    "loops may break": ("{% for i in [1, 2, 3] %}{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}", "12"),
+    "JSON is left readable": ('{{ {"b": "<é>", "a": 1} | tojson }}', '{"b": "<é>", "a": 1}'),
+    "JSON may be indented": ('{{ {"a": 1} | tojson(indent=1) }}', '{\n "a": 1\n}'),
+    "text is no HTML": ('{{ "<&>" }}', "<&>"),
+    "the date is known": ('{{ strftime_now("%d %b %Y") }}', datetime.now().strftime("%d %b %Y")),
+    "there are no tools": ("{{ tools is none and documents is none }}", "True"),
+    "unset names are false": ("{% if date_string is defined %}set{% else %}unset{% endif %}", "unset"),
+}
+
+
+@pytest.mark.parametrize("template, wanted", RENDERED.values(), ids=RENDERED)
+def test_a_template_finds_what_transformers_gives_it(render, template, wanted):
+    assert render(template) == wanted
+
+
+FAILING = {
+    "an attribute escape": "{{ ''.__class__.__mro__ }}",
+    "a format escape": "{{ '{0.__class__.__mro__}'.format('') }}",
+    "a change to the conversation": "{{ messages.append(1) }}",
+    "a huge range": "{% for i in range(10 ** 9) %}x{% endfor %}",
+    "another file": "{% include '/etc/passwd' %}",
+    "a syntax error": "{% if %}",
+    "a name that is not there": "{{ nobody.content }}",
+    "a division by zero": "{{ 1 // 0 }}",
+    "a sum of unlike things": "{{ messages + 1 }}",
+    "a missing index": "{{ messages[7].content }}",
+    "a wrong argument": "{{ messages[0].content.split(1, 2, 3) }}",
+}
+
+
+@pytest.mark.parametrize("template", FAILING.values(), ids=FAILING)
+def test_a_template_that_fails_or_breaks_out_is_refused_in_one_line(capsys, folders, tmp_path, template):
+    assert "the chat template fails" in chat_refusal(capsys, with_template(folders, tmp_path, template))
+
+
+@pytest.mark.parametrize("escape", ["''|attr('__class__')", "raise_exception.__globals__"])
+def test_what_the_sandbox_hides_reads_as_nothing(render, escape):
+    assert render("[{{ " + escape + " }}]") == "[]"
+
+
+def test_what_a_template_raises_is_passed_on_in_one_line(capsys, folders, tmp_path):
+    template = "{{ raise_exception('Conversation roles\\nmust alternate!') }}"
+    line = chat_refusal(capsys, with_template(folders, tmp_path, template))
+    assert "the chat template fails: Conversation roles must alternate!" in line
+
+
+@pytest.mark.parametrize(
+    "template, named",
+    {
+        "none": (None, "no chat template"),
+        "several, none the default": (LIST[:1], "no chat template"),
+        "a list without names": ([{"template": "x"}], "chat_template"),
+        "neither text nor list": ({"default": "x"}, "chat_template"),
+    }.values(),
+    ids=["none", "several, none the default", "a list without names", "neither text nor list"],
+)
+def test_chat_without_a_template_is_refused_in_one_line(capsys, folders, tmp_path, template, named):
+    assert named in chat_refusal(capsys, with_template(folders, tmp_path, template, "tokenizer_config.json"))
+
+
+def chat_refusal(capsys, folder):
+    """The one line with which a conversation is refused, before its first turn."""
+    status = main(["--checkpoint", str(folder), "--chat", "--prompt", "the cat", "--no-compile"])
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("loading ")]
+    assert (status, out, len(lines)) == (2, "", 1), err
+    assert lines[0].startswith("generate.py: error: ")
+    return lines[0]
