@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from cache import Cache, Now
-from model import Llama, ModelConfig
+from model import ROPE_SCALINGS, Llama, ModelConfig
 from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE, Policy, Prompt
 
 log = logging.getLogger("scope")
@@ -173,8 +173,9 @@ def run(engine: "Engine", tokenizer: "Tokenizer", prompts: list[list[int]], on_t
         try:
             run_batch(engine, rows, on_text, on_step)
         except KeyboardInterrupt:  # rows that are complete are not lost
-            stats = engine.stats(rows)
-            yield from (row.result(tokenizer, stats) for row in rows if row.stopped)
+            if stopped := [row for row in rows if row.stopped]:
+                stats = engine.stats(rows)
+                yield from (row.result(tokenizer, stats) for row in stopped)
             raise
         stats = engine.stats(rows)
         yield from (row.result(tokenizer, stats) for row in rows)
@@ -439,7 +440,7 @@ def find_dtype(name: str, raw: dict) -> torch.dtype:
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     stored = raw.get("dtype") or raw.get("torch_dtype") or "float32"  # transformers 5, transformers 4
     name = stored if name == "auto" else name
-    require(name in known, "dtype", repr(name), "one of " + ", ".join(known))
+    require(isinstance(name, str) and name in known, "dtype", repr(name), "one of " + ", ".join(known))
     return known[name]
 
 
@@ -447,9 +448,9 @@ def find_checkpoint(name: str) -> Path:
     """The directory of a checkpoint; a hub id is downloaded into the hub's own cache first."""
     if name == Options.checkpoint:
         return MINI
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
-    if Path(name).exists():
+    if name and Path(name).exists():
         raise ValueError(f"checkpoint {name} is a file: give the directory that holds config.json")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise ValueError(f"checkpoint {name}: no such directory, and not a hub id (owner/name)")
@@ -457,7 +458,7 @@ def find_checkpoint(name: str) -> Path:
 
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # the hub's errors: no network, no login, no such repository, offline mode
+    except Exception as error:  # no network, no login, no such repository, a full disk: they share no base class
         raise ValueError(f"checkpoint {name}: no such directory, and the hub says: {one_line(error)}") from error
 
 
@@ -483,48 +484,81 @@ def read_optional_json(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
 
 
-def parse_config(raw: dict, path: Path) -> ModelConfig:
-    """Hugging Face's config.json, spelled as transformers 4 or 5 do. ValueError names the field not supported."""
-    wanted = {
-        "architectures": (["LlamaForCausalLM"], ["MistralForCausalLM"]),
-        "quantization_config": (None,),
-        "hidden_act": (None, "silu"),
-        "partial_rotary_factor": (None, 1.0),
-    }
-    for name, values in wanted.items():
-        if raw.get(name) not in values:
-            raise ValueError(
-                f"{path}: {name} is {json.dumps(raw.get(name))}: not supported, only {json.dumps(values[-1])}"
-            )
+class Fields:
+    """A JSON object whose values are checked as they are read; ValueError names file, field, value and remedy."""
 
-    def size(name: str, default: int | None = None) -> int:
-        value = default if raw.get(name) is None else raw[name]
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{path}: {name} is {json.dumps(value)}: a whole number above 0 is needed")
+    def __init__(self, values: dict, path: Path):
+        self.values, self.path = values, path
+
+    def take(self, name: str, default, holds, wanted: str):
+        value = default if self.values.get(name) is None else self.values[name]
+        if not holds(value):
+            raise ValueError(f"{self.path}: {name} is {json.dumps(value)[:80]}: {wanted} is needed")
         return value
 
-    n_heads = size("num_attention_heads")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    def size(self, name: str, default: int | None = None) -> int:
+        return self.take(name, default, lambda x: type(x) is int and x > 0, "a whole number above 0")
+
+    def number(self, name: str, default: float | None = None) -> float:
+        return self.take(name, default, lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above 0")
+
+    def flag(self, name: str) -> bool:
+        return self.take(name, False, lambda x: type(x) is bool, "true or false")
+
+    def only(self, name: str, default, *known) -> None:
+        self.take(
+            name, default, lambda x: x in known, " or ".join(map(json.dumps, known)) + " (nothing else is supported)"
+        )
+
+
+def parse_config(raw: dict, path: Path) -> ModelConfig:
+    """Hugging Face's config.json, spelled as transformers 4 or 5 do. ValueError names the field not supported."""
+    given = Fields(raw, path)
+    given.only("architectures", None, ["LlamaForCausalLM"], ["MistralForCausalLM"])
+    given.only("quantization_config", None, None)
+    given.only("hidden_act", "silu", "silu")
+    given.only("partial_rotary_factor", 1.0, 1.0)
+    n_heads = given.size("num_attention_heads")
+    rope = parse_rope(given)
     config = ModelConfig(
-        vocab_size=size("vocab_size"),
-        hidden_size=size("hidden_size"),
-        intermediate_size=size("intermediate_size"),
-        n_layers=size("num_hidden_layers"),
+        vocab_size=given.size("vocab_size"),
+        hidden_size=given.size("hidden_size"),
+        intermediate_size=given.size("intermediate_size"),
+        n_layers=given.size("num_hidden_layers"),
         n_heads=n_heads,
-        n_kv_heads=size("num_key_value_heads", n_heads),
-        head_dim=size("head_dim", size("hidden_size") // n_heads),
-        norm_eps=raw.get("rms_norm_eps", 1e-6),
-        max_positions=size("max_position_embeddings", 2048),
-        sliding_window=raw.get("sliding_window") and size("sliding_window"),
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        rope_scaling=rope,
-        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        attention_bias=bool(raw.get("attention_bias", False)),
-        mlp_bias=bool(raw.get("mlp_bias", False)),
+        n_kv_heads=given.size("num_key_value_heads", n_heads),
+        head_dim=given.size("head_dim", given.size("hidden_size") // n_heads),
+        norm_eps=given.number("rms_norm_eps", 1e-6),
+        max_positions=given.size("max_position_embeddings", 2048),
+        sliding_window=given.size("sliding_window") if raw.get("sliding_window") is not None else None,
+        rope_theta=rope.number("rope_theta", given.number("rope_theta", 10000.0)),
+        rope_scaling=rope.values,
+        tie_embeddings=given.flag("tie_word_embeddings"),
+        attention_bias=given.flag("attention_bias"),
+        mlp_bias=given.flag("mlp_bias"),
     )
+    if config.head_dim % 2:
+        raise ValueError(f"{path}: head_dim is {config.head_dim}: an even number is needed, RoPE turns pairs")
     if config.n_heads % config.n_kv_heads:
-        raise ValueError(f"{path}: num_key_value_heads {config.n_kv_heads} does not divide {config.n_heads} heads")
+        raise ValueError(f"{path}: num_key_value_heads is {config.n_kv_heads}: a divisor of {config.n_heads} is needed")
     return config
+
+
+def parse_rope(config: Fields) -> Fields:
+    """transformers 5 says rope_parameters, 4 rope_scaling; the numbers that the rope type needs are checked."""
+    name = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
+    rope = Fields(config.take(name, {}, lambda x: isinstance(x, dict), "an object"), config.path)
+    kind = rope.take("type", "default", lambda x: isinstance(x, str), "a word")
+    rope.values = {"rope_type": kind} | rope.values
+    rope.take(
+        "rope_type", None, lambda x: x in list(ROPE_SCALINGS), " or ".join(ROPE_SCALINGS) + " (no other is implemented)"
+    )
+    _, needs = ROPE_SCALINGS[rope.values["rope_type"]]
+    numbers = {need: rope.number(need) for need in needs}
+    low, high = numbers.get("low_freq_factor", 0), numbers.get("high_freq_factor", 1)
+    if low >= high:
+        raise ValueError(f"{config.path}: low_freq_factor is {low}: it must be below high_freq_factor, which is {high}")
+    return rope
 
 
 def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Llama:
@@ -538,14 +572,29 @@ def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: t
         tensors = [read_weight(stored[source], source, shape, dtype) for source, shape in parts]
         weights[name] = torch.cat(tensors).to(device) if len(tensors) > 1 else tensors[0].to(device)
     model.load_state_dict(weights, assign=True)
+    if config.tie_embeddings:
+        model.head.weight = model.embed.weight
     return model.to(device).eval().requires_grad_(False)
+
+
+def read_weight_map(index: Path) -> set[str]:
+    """The files of a sharded checkpoint: beside their index, and nowhere else on this machine."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise ValueError(
+            f"{index}: weight_map is {json.dumps(where)[:80]}: an object of tensor and file names is needed"
+        )
+    for file in where.values():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"{index}: weight_map names {json.dumps(file)}: a file beside the index is needed")
+    return set(where.values())
 
 
 def open_weights(folder: Path) -> dict:
     """Tensor name -> the open safetensors file that holds it. Nothing but safetensors is ever read."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
+        files = sorted({folder / name for name in read_weight_map(index)})
     else:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
@@ -559,7 +608,8 @@ def open_weights(folder: Path) -> dict:
         except FileNotFoundError:
             raise ValueError(f"{file} is missing: the checkpoint is incomplete, download it again") from None
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is truncated or no safetensors file: {one_line(error)}") from None
+            why = f"{one_line(error)}; download it again (a Git LFS pointer: git lfs pull)"
+            raise ValueError(f"{file} is truncated or no safetensors file: {why}") from None
         stored.update(dict.fromkeys(handle.keys(), handle))
     return stored
 
@@ -605,7 +655,10 @@ def read_weight(handle, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
     stored = tuple(handle.get_slice(name).get_shape())
     if stored != shape:
         raise ValueError(f"tensor {name} is {list(stored)}, but config.json makes it {list(shape)}")
-    return handle.get_tensor(name).to(dtype)
+    tensor = handle.get_tensor(name)
+    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"tensor {name} holds {tensor.dtype}: quantised weights are not supported")
+    return tensor.to(dtype)
 
 
 # ---- tokenizing -------------------------------------------------------------------------------------------
@@ -622,6 +675,7 @@ class SentencePiece:
         self.special = {self.processor.id_to_piece(i): i for i in pieces if self.processor.is_control(i)}
         added = settings.get("added_tokens_decoder", {})
         self.special |= {token["content"]: int(i) for i, token in added.items()}
+        self.eos_id = self.processor.eos_id()
         self.bos = [self.processor.bos_id()] if settings.get("add_bos_token", True) else []
         self.vocab_size = max([len(pieces), *(i + 1 for i in self.special.values())])
 
@@ -650,6 +704,7 @@ class FastTokenizer:
         self.backend.no_padding()
         self.backend.no_truncation()
         self.vocab_size = self.backend.get_vocab_size()
+        self.eos_id = -1  # tokenizer.json does not say which token it is
 
     def encode(self, text: str, bos: bool) -> list[int]:
         return self.backend.encode(text, add_special_tokens=bos).ids
@@ -671,6 +726,10 @@ class Tokenizer:
     template: str | None
 
     def encode(self, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {text[:40]!a} is no text: {one_line(error)}") from None
         return self.backend.encode(text, bos=True)
 
     def decode(self, ids: list[int]) -> str:
@@ -696,20 +755,25 @@ class Tokenizer:
             text = template.render(
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program: it may fail in any way a program does
             raise ValueError(f"the chat template fails: {one_line(error)}") from error
         return self.backend.encode(text, bos=False)  # the template writes its own bos
 
 
 def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
     settings = read_optional_json(folder / "tokenizer_config.json")
+    if not isinstance(settings.get("added_tokens_decoder", {}), dict):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
     backend = load_backend(folder, settings)
     if backend.vocab_size > vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {backend.vocab_size} tokens, the model only {vocab_size}")
-    special = {name: text_of(settings.get(name)) for name in ("bos_token", "eos_token")}
+    special = {name: text_of(settings.get(name), name, folder) for name in ("bos_token", "eos_token")}
     stops = read_optional_json(folder / "generation_config.json").get("eos_token_id", raw_config.get("eos_token_id"))
     stops = stops if isinstance(stops, list) else [stops]
-    stops = {*stops, backend.id_of(special["eos_token"])} - {None}
+    wrong = [stop for stop in stops if stop is not None and type(stop) is not int]
+    if wrong:
+        raise ValueError(f"{folder}: eos_token_id has {json.dumps(wrong[0])}: a token id or a list of them is needed")
+    stops = {*stops, backend.id_of(special["eos_token"]), backend.eos_id} - {None, -1}
     return Tokenizer(backend, sorted(stops), special, read_template(folder, settings))
 
 
@@ -724,8 +788,11 @@ def load_backend(folder: Path, settings: dict) -> SentencePiece | FastTokenizer:
     raise ValueError(f"checkpoint {folder} has no tokenizer.json and no tokenizer.model")
 
 
-def text_of(token: str | dict | None) -> str:
-    return token["content"] if isinstance(token, dict) else token or ""
+def text_of(token: str | dict | None, name: str, folder: Path) -> str:
+    text = token.get("content") if isinstance(token, dict) else token or ""
+    if not isinstance(text, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: {name} is {json.dumps(token)}: a text is needed")
+    return text
 
 
 def read_template(folder: Path, settings: dict) -> str | None:
@@ -733,8 +800,10 @@ def read_template(folder: Path, settings: dict) -> str | None:
     if path.exists():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if isinstance(template, list) and all(isinstance(entry, dict) and "name" in entry for entry in template):
+        template = {entry["name"]: entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is no text and no list of named texts")
     return template
 
 
@@ -749,7 +818,7 @@ class TextStream:
     def push(self, ids: list[int], last: bool = False) -> str:
         self.ids += ids
         old, new = self.decode(self.ids[self.start : self.shown]), self.decode(self.ids[self.start :])
-        if new.endswith("\ufffd") and not last:
+        if (new == old or new.endswith("\ufffd")) and not last:
             return ""
         self.start, self.shown = self.shown, len(self.ids)
         return new[len(old) :]
@@ -818,15 +887,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def add_option(group, name: str, default, argument: dict) -> None:
     flag = "--" + name.replace("_", "-")
     if default is True:
-        group.add_argument(f"--no-{name}", dest=name, action="store_false", help=argument["help"])
+        group.add_argument(f"--no-{name}", dest=name, action="store_false", default=argparse.SUPPRESS, **argument)
     elif default is False:
-        group.add_argument(flag, action="store_true", help=argument["help"])
+        group.add_argument(flag, action="store_true", **argument)
     else:
         group.add_argument(flag, type=type(default), default=default, **argument)
 
 
 def options_of(arguments: argparse.Namespace) -> Options:
-    return Options(**{entry.name: getattr(arguments, entry.name) for entry in fields(Options)})
+    return Options(**{entry.name: getattr(arguments, entry.name, entry.default) for entry in fields(Options)})
 
 
 def read_prompts(arguments: argparse.Namespace) -> list:
@@ -839,7 +908,7 @@ def read_prompts(arguments: argparse.Namespace) -> list:
         raise ValueError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or - for standard input")
     path = Path(arguments.prompt_file or MINI / "demo.txt")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt file {path} cannot be read: {one_line(error)}") from None
     if arguments.prompt_file is None:
@@ -855,6 +924,8 @@ def parse_prompt(line: str, where: str) -> str | list[int]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON: {error.msg}") from None
+    if isinstance(row, dict) and {"prompt", "prompt_ids"} <= row.keys():
+        raise ValueError(f"{where}: give prompt or prompt_ids, not both")
     prompt = row.get("prompt", row.get("prompt_ids")) if isinstance(row, dict) else None
     if not isinstance(prompt, list if isinstance(row, dict) and "prompt" not in row else str):
         raise ValueError(f'{where}: one {{"prompt": TEXT}} or {{"prompt_ids": [ID, ...]}} is expected')
@@ -863,15 +934,18 @@ def parse_prompt(line: str, where: str) -> str | list[int]:
 
 def check_writable(arguments: argparse.Namespace) -> None:
     """Refuse an --output or --trace that could not be written, before a long run finds out."""
-    given = {name: Path(path) for name in ("output", "trace") if (path := getattr(arguments, name))}
+    given = {name: Path(path) for name in ("output", "trace") if (path := getattr(arguments, name)) is not None}
     for name, path in given.items():
+        if not getattr(arguments, name):
+            raise ValueError(f"--{name} is empty: give a file")
         if path.is_dir():
             raise ValueError(f"--{name} {path} is a directory: give a file")
         if not path.parent.is_dir():
             raise ValueError(f"--{name} {path}: there is no directory {path.parent}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"--{name} {path} cannot be written: no permission")
-    paths = [path.resolve() for path in [*given.values(), Path(arguments.prompt_file or os.devnull)]]
+    sources = [Path(arguments.prompt_file)] if arguments.prompt_file else []
+    paths = [path.resolve() for path in [*given.values(), *sources]]
     if len(set(paths)) < len(paths):
         raise ValueError("--output, --trace and --prompt-file name the same file: give each its own")
 
@@ -888,7 +962,7 @@ def answer(arguments: argparse.Namespace) -> int:
     check_writable(arguments)
     model, tokenizer = load_aloud(options)
     if arguments.chat:
-        prompts = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
+        prompts = [tokenizer.chat([{"role": "user", "content": p}]) if isinstance(p, str) else p for p in prompts]
     prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     check_run(model.config, prompts, options)
     trace = Trace(arguments.trace, options, model, prompts) if arguments.trace else None
@@ -937,7 +1011,9 @@ def turns(first: str | None) -> Iterator[str]:
             return
     while True:
         try:
-            yield input("> " if sys.stdin.isatty() else "")
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            yield input()
         except EOFError:
             return
 

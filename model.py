@@ -125,14 +125,12 @@ def rope_table(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[head_dim / 2] float32 on the CPU, also under a meta-device context. ValueError for an unknown rope type."""
+    """[head_dim / 2] float32 on the CPU, also under a meta-device context."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     inv_freq = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_SCALINGS:
-        raise ValueError(f"rope_type {kind!r} is not implemented; known: {', '.join(ROPE_SCALINGS)}")
-    return ROPE_SCALINGS[kind](inv_freq, scaling)
+    scale, _ = ROPE_SCALINGS[scaling.get("rope_type", "default")]
+    return scale(inv_freq, scaling)
 
 
 def scale_linear(inv_freq: Tensor, scaling: dict) -> Tensor:
@@ -147,4 +145,12 @@ def scale_llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
     return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
 
 
-ROPE_SCALINGS = {"default": lambda inv_freq, scaling: inv_freq, "linear": scale_linear, "llama3": scale_llama3}
+# rope_type of the config -> what it does, and the numbers that it needs
+ROPE_SCALINGS = {
+    "default": (lambda inv_freq, scaling: inv_freq, ()),
+    "linear": (scale_linear, ("factor",)),
+    "llama3": (
+        scale_llama3,
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
+}

@@ -243,7 +243,7 @@ REFUSED = {  # what is wrong -> how it comes about, and what the line must name
     "no layers": (config(num_hidden_layers=0), ["config.json", "num_hidden_layers", "0"]),
     "a size that is not there": (config(vocab_size=None), ["config.json", "vocab_size", "null"]),
     "a flag that is text": (config(tie_word_embeddings="false"), ["config.json", "tie_word_embeddings", '"false"']),
-    "heads in uneven groups": (config(num_key_value_heads=3), ["config.json", "num_key_value_heads 3", "4"]),
+    "heads in uneven groups": (config(num_key_value_heads=3), ["config.json", "num_key_value_heads is 3", "4"]),
     "an odd head_dim": (odd_head_dim, ["config.json", "head_dim", "7"]),
     "a dtype that is not there": (config(torch_dtype="int8"), ["dtype", "int8", "bfloat16"]),
     "a dtype that is no word": (config(torch_dtype=["bfloat16"]), ["dtype", "bfloat16"]),
