@@ -18,37 +18,41 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-QUERY_BLOCK = 256  # queries scored at a time: memory grows with S, never with S x S
+BLOCK_SCORES = 2**23  # scores held at a time: memory grows with S, never with S x S
 
 
-def received_attention(q: Tensor, k: Tensor, lengths: Tensor, last: int | None = None) -> Tensor:
-    """Attention probability that each prompt token receives, summed over queries and averaged over the group.
+def received_attention(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+    """Attention probability that each prompt token receives from all of the prompt's queries, causal.
 
-    q [B, H * G, S, head_dim], k [B, H, S, head_dim], lengths [B] -> [B, H, S] float32. Queries: all of the prompt's,
-    or the `last` ones of each row; causal.
+    q [B, H * G, S, head_dim], k [B, H, S, head_dim], lengths [B] -> [B, H, S] float32, summed over the queries and
+    averaged over the group.
     """
-    S = k.shape[2]
     received = torch.zeros(k.shape[:3], device=k.device)
-    if last is not None:
-        asking = lengths[:, None] - last + torch.arange(last, device=k.device)  # [B, last] query positions
-        return add_received(received, q, k, asking)
-    for start in range(0, S, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, S)
-        asking = torch.arange(start, end, device=k.device).expand(len(lengths), -1)
-        asking = torch.where(asking < lengths[:, None], asking, -1)  # padding asks nothing
-        add_received(received[:, :, :end], q, k[:, :, :end], asking)
+    step = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * q.shape[2]))
+    for start in range(0, k.shape[2], step):
+        asking = torch.arange(start, min(start + step, k.shape[2]), device=k.device)
+        end = start + len(asking)  # no query of this block sees a later key, and only its own keys need a mask
+        logits = scaled_scores(q[:, :, start:end], k[:, :, :end])
+        logits[..., start:].masked_fill_(asking > asking[:, None], float("-inf"))
+        prob = logits.softmax(-1, dtype=torch.float32)
+        real = (asking < lengths[:, None]).float()[:, None, None, None]  # [B, 1, 1, 1, n]: padding asks nothing
+        received[:, :, :end] += (real @ prob).squeeze(3).mean(2)
     return received
 
 
-def add_received(received: Tensor, q: Tensor, k: Tensor, asking: Tensor) -> Tensor:
-    """Add what the queries at positions `asking` [B, n] (negative: none) give to each key; in place."""
+def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, last: int) -> Tensor:
+    """As `received_attention`, from the `last` queries of each row only."""
+    asking = lengths[:, None] - last + torch.arange(last, device=k.device)  # [B, n]; negative: none
     index = asking.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    grouped = q.gather(2, index).unflatten(1, (k.shape[1], -1))  # [B, H, G, n, head_dim]
-    logits = (grouped @ k[:, :, None].transpose(-1, -2)).float() * k.shape[-1] ** -0.5  # [B, H, G, n, S]
-    hidden = torch.arange(k.shape[2], device=k.device) > asking[:, :, None]  # [B, n, S]: causal
-    prob = logits.masked_fill_(hidden[:, None, None], float("-inf")).softmax(-1)
-    received += prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a negative position sees no key at all
-    return received
+    logits = scaled_scores(q.gather(2, index), k)
+    unseen = torch.arange(k.shape[2], device=k.device) > asking[:, :, None]  # [B, n, S]
+    prob = logits.masked_fill_(unseen[:, None, None], float("-inf")).softmax(-1, dtype=torch.float32)
+    return prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a query that is not there sees nothing
+
+
+def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
+    """q [B, H * G, n, head_dim], k [B, H, S, head_dim] -> [B, H, G, n, S]."""
+    return q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * k.shape[-1] ** -0.5
 
 
 # ---- decode -----------------------------------------------------------------------------------------------

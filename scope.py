@@ -228,7 +228,7 @@ def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) ->
 
 def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
     """SnapKV (arXiv 2404.14469): attention from the last queries, the largest of 7 neighbours."""
-    return max_pool1d(kernels.received_attention(q, k, lengths, last=obs_window), 7, stride=1, padding=3)
+    return max_pool1d(kernels.received_from_last(q, k, lengths, obs_window), 7, stride=1, padding=3)
 
 
 def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
