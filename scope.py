@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, where
 from torch.nn.functional import max_pool1d
 
 import kernels
@@ -131,6 +131,11 @@ def current(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
     return prob
 
 
+def own(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+    """The attention that a token's own query gave it, for life: this project's finding (README, Results)."""
+    return where(age == 1, prob, score)
+
+
 def oldest(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
     """No attention at all: the first tokens stay (StreamingLLM's sinks, arXiv 2309.17453)."""
     return age.float()
@@ -151,6 +156,7 @@ class Score:
 SCORES = {
     "cumulative": Score(cumulative),
     "current": Score(current, every_step=False),
+    "own": Score(own),
 }
 
 

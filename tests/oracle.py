@@ -59,7 +59,8 @@ class Oracle:
         self.entries = {p: (key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
-        self.totals = {p: received[p] for p in kept}
+        newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
+        self.totals = {p: received[p] if self.score != "own" or p == newest else 0.0 for p in kept}
 
     @property
     def live(self) -> list[int]:
@@ -75,7 +76,10 @@ class Oracle:
         probs = [softmax(query, [self.entries[p][0] for p in live]) for query in queries]
         for i, p in enumerate(live):
             seen = sum(prob[i] for prob in probs) / len(probs)
-            self.totals[p] = seen + (self.totals[p] if self.score == "cumulative" else 0.0)
+            if self.score == "cumulative":
+                self.totals[p] += seen
+            elif self.score == "current" or p == position:  # "own": the token's own query, once
+                self.totals[p] = seen
         outputs = [weighted(prob, [self.entries[p][1] for p in live]) for prob in probs]
         if paper_selects(self.name, self.heavy, self.recent, self.T, t):
             for p in self.victims(t):

@@ -226,4 +226,4 @@ def test_the_scores_disagree_where_they_should(score):
         [attend] = cache.selects(now) if select else cache.appends(now)
         attend(*(x.view(1, 1, 1, HEAD_DIM) for x in (queries[t - 1], keys[t - 1], keys[t - 1])))
     kept = {p for p in cache.layers[0].pos[0, 0].tolist() if p >= 0}
-    assert kept == {"cumulative": {0, 1, 3}, "current": {0, 2, 3}}[score]
+    assert kept == {"cumulative": {0, 1, 3}, "current": {0, 2, 3}, "own": {0, 1, 3}}[score]
