@@ -65,8 +65,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
         for share in getattr(arguments, name):
             require(0 < share <= 1, name, share, "above 0 and at most 1")
     check_writable(json=arguments.json, plot=arguments.plot, predictions=arguments.predictions)
-    if arguments.plot:
-        require(Path(arguments.plot).suffix in (".png", ".pdf", ".svg"), "plot", arguments.plot, ".png, .pdf or .svg")
+    check_plot(arguments.plot)
+
+
+def check_plot(path: str | None) -> None:
+    if path:
+        require(Path(path).suffix in (".png", ".pdf", ".svg"), "plot", path, ".png, .pdf or .svg")
         if not find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
@@ -408,6 +412,14 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     )
 
 
+def known_table(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
+    """A row per line, without the columns that nothing is known for."""
+    known = [{name: value for name, value in line.items() if value is not None} for line in lines]
+    cells = {title: [cell(line) for line in known] for title, cell in columns.items()}
+    shown = {title: column for title, column in cells.items() if any(column)}
+    return table(list(shown), list(zip(*shown.values(), strict=True)))
+
+
 def percent(value: float | tuple | None) -> str:
     """A mean, or a mean and its spread."""
     mean, spread = value if isinstance(value, tuple) else (value, None)
@@ -420,6 +432,11 @@ def share_text(share: float | None) -> str:
 
 def figure(name: str, form: str, unit: float = 1) -> Callable[[dict], str]:
     return lambda line: format(line[name] / unit, form) if name in line else ""
+
+
+def write_json(path: str | None, content: dict) -> None:
+    if path:
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 LABEL_COLUMNS = {
@@ -511,8 +528,8 @@ class Progress:
 
     WIDTH, SECONDS = 30, 0.1
 
-    def __init__(self, total: int):
-        self.total, self.done, self.name = total, 0.0, ""
+    def __init__(self, total: int, unit: str = "prompts"):
+        self.total, self.unit, self.done, self.name = total, unit, 0.0, ""
         self.began, self.drawn = time.perf_counter(), 0.0
         self.terminal = sys.stderr.isatty()
 
@@ -527,7 +544,7 @@ class Progress:
         share = self.done / self.total
         bar = "#" * round(share * self.WIDTH)
         start, left = ("\r\x1b[K", f"{seconds / share - seconds:.0f} s left") if self.terminal else ("", "")
-        return f"{start}[{bar:.<{self.WIDTH}}] {self.done:.0f}/{self.total} prompts  {self.name}  {left}".rstrip()
+        return f"{start}[{bar:.<{self.WIDTH}}] {self.done:.0f}/{self.total} {self.unit}  {self.name}  {left}".rstrip()
 
     def close(self) -> None:
         if self.terminal:

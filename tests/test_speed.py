@@ -1,0 +1,220 @@
+"""benchmarks/speed.py: that it runs, what it counts, and its errors. No test asserts a time."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import machine, prefill, speed
+from benchmarks.shapes import SHAPES, random_model, random_rows
+from benchmarks.speed import Group, by_window, main, steadied
+from generate import Options
+from model import Llama
+from scope import COMPRESSORS, STRATEGIES
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+COLUMNS = {"shape", "workload", "batch", "policy", "heavy", "recent", "tokens_per_s", "step_s", "append_s", "select_s"}
+COLUMNS |= {
+    "prefill_s",
+    "compile_s",
+    "kv_bytes",
+    "read_bytes",
+    "swept_bytes",
+    "peak_bytes",
+    "floor_s",
+    "step_over_floor",
+}
+COLUMNS |= {"speed_ratio", "bytes_ratio", "worst_point", "t", "step_s_at_t", "live_bytes_at_t"}
+
+
+def quick(*argv: str) -> list[str]:
+    return ["--quick", "--no-compile", *argv]
+
+
+def built(policy: str, batch: int = 2, **settings):
+    """A runner of the mini shape, prefilled with 24 tokens; 32 may follow."""
+    model = random_model("mini", CPU, "bfloat16")
+    options = Options(policy=policy, heavy=3, recent=4, max_new_tokens=32, compile=False, **settings)
+    return speed.runner(model, random_rows(model.config, batch, 24), policy, options, "test")
+
+
+# ---- the command
+
+
+def test_quick_run_fills_every_column_for_every_policy_and_batch(tmp_path, capsys):
+    file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
+    assert main(quick("--json", str(file), "--plot", str(picture), "--policies", "slide", "h2o:heavy=5")) == 0
+    run = json.loads(file.read_text())
+    assert run["command"].startswith("python benchmarks/speed.py --quick") and run["read_bandwidth"] > 0
+    assert run["versions"]["torch"] == torch.__version__ and run["cpu"] and run["threads"] == 1
+    lines = run["decode"]
+    expected = [(batch, policy) for batch in (1, 2) for policy in ("full", "slide", "h2o:heavy=5")]
+    assert [(line["batch"], line["policy"]) for line in lines] == expected
+    assert all(line.keys() == COLUMNS for line in lines)
+    assert lines[2]["heavy"] == 5 and lines[1]["heavy"] == lines[1]["recent"] == 2
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:3] == ["policy", "workload", "batch"] and len(table[2].split()) < len(table[3].split())
+
+
+def test_full_is_compared_with_itself_and_every_policy_reads_less(tmp_path):
+    file = tmp_path / "speed.json"
+    assert main(quick("--batch-sizes", "1", "--json", str(file))) == 0
+    full, *others = json.loads(file.read_text())["decode"]
+    assert full["speed_ratio"] == full["worst_point"] == full["bytes_ratio"] == 1 and full["select_s"] is None
+    assert len(others) == 3 and all(line["bytes_ratio"] > 1 and line["select_s"] for line in others)
+    for line in [full, *others]:
+        assert line["floor_s"] * line["step_over_floor"] == pytest.approx(line["step_s"])
+        assert line["tokens_per_s"] == pytest.approx(1 / line["step_s"])
+
+
+@pytest.mark.slow
+def test_a_compiled_run(tmp_path):
+    file = tmp_path / "speed.json"
+    work = ["--quick", "--workload", "8+4", "--batch-sizes", "1", "--policies", "full", "--json", str(file)]
+    assert main(work) == 0
+    assert json.loads(file.read_text())["decode"][0]["compile_s"] > 0
+
+
+@pytest.mark.slow
+def test_prefill_runs_every_compressor_in_a_child(tmp_path, monkeypatch):
+    file = tmp_path / "prefill.json"
+    asked = []
+    child = prefill.run_child
+
+    def one_child(arguments, compressor, tokens):  # a real process for one, the same work in here for the others
+        asked.append(compressor)
+        if compressor == "h2o":
+            return child(arguments, compressor, tokens)
+        return prefill.once(arguments, CPU, compressor, str(tokens))
+
+    monkeypatch.setattr(prefill, "run_child", one_child)
+    assert main(quick("--prefill", "96", "--json", str(file))) == 0
+    lines = json.loads(file.read_text())["prefill"]
+    assert asked == [line["compressor"] for line in lines] == list(COMPRESSORS)
+    columns = {"shape", "prompt", "compressor", "prefill_s", "ratio", "peak_bytes", "over_plain_bytes", "scores_bytes"}
+    assert all(line.keys() == columns and line["peak_bytes"] > 1e7 for line in lines)
+    assert lines[0]["ratio"] == 1 and lines[0]["scores_bytes"] == 4 * 96 * 96 * 4
+
+
+def test_a_failing_child_is_one_line(monkeypatch, capsys):
+    code = "import sys; sys.exit('what went wrong')"
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([sys.executable, "-c", code], **how))
+    assert main(quick("--prefill", "96")) == 2
+    assert capsys.readouterr().err == "speed.py: error: prefill of 96 tokens, full: what went wrong\n"
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--workload", "1024"], "--workload 1024: it must be PROMPT+NEW"),
+        (["--workload", "8+1"], "--workload 8+1"),
+        (["--workload", "-8+8"], "--workload"),
+        (["--policies", "slid"], "unknown policy 'slid': choose from full, slide"),
+        (["--policies", "slide:heavy=x"], "setting heavy=x"),
+        (["--heavy", "-1"], "heavy is -1"),
+        (["--batch-sizes", "2", "0"], "--batch-sizes 0: it must be 1 or more"),
+        (["--threads", "0"], "--threads 0"),
+        (["--dtype", "int3"], "dtype is 'int3'"),
+        (["--device", "tpu"], "device is 'tpu'"),
+        (["--shape", "9b"], "invalid choice: '9b'"),
+        (["--prefill", "40"], "--prefill 40: it must be more than --prompt-budget 40"),
+        (["--prefill", "96", "--prompt-budget", "16"], "obs_window is 32"),
+        (["--prefill", "96", "--plot", "a.png"], "--plot draws decode steps"),
+        (["--json", "nowhere/a.json"], "--json nowhere/a.json"),
+        (["--plot", "a.txt"], "--plot a.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_and_status_2_before_anything_runs(argv, said, capsys, monkeypatch):
+    monkeypatch.setattr(speed, "random_model", None)
+    monkeypatch.setattr(prefill, "run_child", None)
+    assert main(quick(*argv)) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
+@pytest.mark.parametrize("error, status", [(RuntimeError("out of memory: 9 GiB"), 2), (KeyboardInterrupt(), 130)])
+def test_too_little_memory_and_an_interrupt_are_one_line(error, status, monkeypatch, capsys):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(speed, "random_model", fail)
+    assert main(quick()) == status
+    assert capsys.readouterr().err.strip().count("\n") == 0
+
+
+def test_another_runtime_error_is_a_bug_and_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(speed, "take_turns", lambda *_: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError):
+        main(quick())
+
+
+# ---- what it counts
+
+
+@pytest.mark.parametrize("policy", STRATEGIES)
+@pytest.mark.parametrize("compress", ["full", "pyramidkv"])
+def test_live_bytes_are_those_of_the_tokens_that_each_step_attends_to(policy, compress):
+    runner = built(policy, compress=compress, prompt_budget=16, obs_window=4)
+    cache = runner.engine.cache
+    counted = []
+    for t in range(1, 32):
+        runner.step(t)
+        evicted = int(cache.plan[t - 1, :, 2].sum()) * 2 * 2  # rows x KV heads: alive while the step attended
+        tokens = sum(int((layer.pos >= 0).sum()) for layer in cache.layers) + evicted
+        counted.append(tokens * 2 * 32 * 2)  # K and V, head_dim, bfloat16
+    assert speed.live_bytes(cache) == counted
+    assert len(runner.seconds()) == len(runner.groups()) == 31
+
+
+@pytest.mark.parametrize("policy", ["full", "slide", "adaptive", "pyramidinfer"])
+def test_swept_bytes_hold_the_live_ones_and_are_no_more_than_what_is_allocated(policy):
+    cache = built(policy).engine.cache
+    allocated = sum(layer.k.nbytes + layer.v.nbytes for layer in cache.layers)
+    swept = speed.swept_bytes(cache)
+    assert all(a <= b <= allocated for a, b in zip(speed.live_bytes(cache), swept, strict=True))
+    assert policy != "full" or set(swept) == {allocated}
+
+
+def test_steps_of_every_policy_are_all_run_in_order_and_in_turns(monkeypatch):
+    ran = []
+    runners = [speed.Runner(name, None, None) for name in "abc"]
+    monkeypatch.setattr(speed.Runner, "step", lambda self, t: ran.append((self.name, t)))
+    speed.take_turns(runners, 20, "test")
+    assert {name: [t for n, t in ran if n == name] for name in "abc"} == dict.fromkeys("abc", list(range(1, 21)))
+    assert [ran[i][0] for i in (0, 24, 48)] == ["a", "b", "c"]
+
+
+def test_weights_of_a_step_leave_out_the_table_of_embeddings_but_not_a_tied_head():
+    model = built("full").engine.model
+    assert speed.stored_bytes(model) - speed.weight_bytes(model) == model.embed.weight.nbytes
+    tied = random_model("mini", CPU, "bfloat16")
+    tied.head.weight = tied.embed.weight
+    assert speed.stored_bytes(tied) == speed.weight_bytes(tied)
+
+
+def test_hiccups_vanish_and_select_steps_do_not():
+    groups = [Group(i // 5, i % 5 == 4, 64) for i in range(10)]
+    times = [1, 1, 99, 1, 3, 2, 2, 2, 2, 4]
+    assert steadied(times, groups) == [1, 1, 1, 1, 3, 2, 2, 2, 2, 4]
+    assert by_window(steadied(times, groups), groups) == [7 / 5, 12 / 5]
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def test_shapes_are_those_of_the_models_they_are_named_after():
+    with torch.device("meta"):
+        counts = {name: parameters(Llama(config)) for name, config in SHAPES.items()}
+    assert counts["1b"] == 1_235_814_400 and counts["8b"] == 8_030_261_248
+
+
+def test_the_machine_is_described_without_paths():
+    about = machine.describe(CPU)
+    assert about["gpu"] is None and about["read_bandwidth"] > 1e8 and "/" not in json.dumps(about)
