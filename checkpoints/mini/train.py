@@ -33,6 +33,7 @@ from problems import (  # noqa: E402
     vocabulary,
 )
 
+from generate import HF_NAMES  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 
 UNK, BOS, EOS, PAD = range(4)
@@ -456,19 +457,6 @@ TOKENIZER_CONFIG = {
     "unk_token": "<unk>",
 }
 
-# Ours -> Hugging Face's; a fused matrix is cut into its parts along the output dimension.
-HUGGING_FACE_NAMES = {
-    "embed": ["model.embed_tokens"],
-    "norm": ["model.norm"],
-    "head": ["lm_head"],
-    "attention_norm": ["input_layernorm"],
-    "attention.wqkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention.wo": ["self_attn.o_proj"],
-    "mlp_norm": ["post_attention_layernorm"],
-    "mlp.w_gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.w_down": ["mlp.down_proj"],
-}
-
 
 def save_weights(model: Llama, out: Path) -> None:
     """Write the weights in bfloat16 under Hugging Face's names."""
@@ -495,7 +483,7 @@ def hugging_face_names(name: str) -> list[str]:
     if name.startswith("layers."):
         _, layer, name = name.split(".", maxsplit=2)
         prefix = f"model.layers.{layer}."
-    return [f"{prefix}{new}.weight" for new in HUGGING_FACE_NAMES[name]]
+    return [f"{prefix}{new}.weight" for new in HF_NAMES[name]]
 
 
 def part_sizes(names: list[str], config: ModelConfig, total: int) -> list[int]:
