@@ -6,6 +6,9 @@
 
 A token never moves. Eviction marks its slot dead, and a later token overwrites it: K and V are written
 once per token and never gathered. The order of slots means nothing, because RoPE is applied before caching.
+
+A conversation goes on in the same buffers. Before a later turn is read, what is left of the last answer is copied
+behind the prompt, once, and the decode slots are free again; `rewind` marks dead whatever came after a moment.
 """
 
 from functools import partial
@@ -23,6 +26,22 @@ PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly 
 
 
 READ_BUCKET = 256  # slots by which the prefix that attention reads grows: each value compiles a graph of its own
+
+
+class Shape(NamedTuple):
+    """What a cache must have room for."""
+
+    batch: int
+    lengths: list[int]  # of the prompts
+    T: int  # most tokens to generate; in a conversation, in each turn
+    room: int = 0  # tokens per KV head that later turns may add to the prompt
+
+
+class Mark(NamedTuple):
+    """A moment of a conversation: what came after it can be forgotten."""
+
+    position: int  # of the next token
+    used: tuple[int, ...]  # prompt slots of each layer
 
 
 class Now(NamedTuple):
@@ -46,6 +65,7 @@ class LayerCache(nn.Module):
         self.policy = policy
         self.pool = prompt_slots if policy.strategy.frozen_prompt else 0  # the first slot that may ever be evicted
         self.scored = bool(max_evict) and policy.ranking.every_step
+        self.ranks_prompt = bool(max_evict) and self.pool == 0
         self.register_buffer("k", torch.zeros(shape, dtype=dtype))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype))
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
@@ -73,7 +93,7 @@ class LayerCache(nn.Module):
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
         n = pos.shape[2]
         self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] = k, v, pos
-        if self.pool == 0 and self.max_evict:
+        if self.ranks_prompt:
             self.score[:, :, :n] = score
         return y
 
@@ -92,6 +112,29 @@ class LayerCache(nn.Module):
         others = (kept - prompt.obs_window).clamp(min=0)
         floor = kept - others + (others * prompt.compressor.head_floor).long()
         return kernels.highest(score.masked_fill(newest, torch.inf), lengths, kept, floor, self.prompt_slots)
+
+    # ---- later turns of a conversation
+
+    def settle(self, first: int, count: int) -> None:
+        """The first `count` decode slots, dead ones and all, become prompt slots from `first` on: a copy per turn."""
+        old, new = slice(self.prompt_slots, self.prompt_slots + count), slice(first, first + count)
+        for buffer in (self.k, self.v, self.pos, *[self.score] * self.ranks_prompt):
+            buffer[:, :, new] = buffer[:, :, old]
+        self.pos[:, :, self.prompt_slots :] = -1
+
+    def join(self, first: int, asking: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A turn's block takes the prompt slots from `first` on; its tokens, at positions asking [B, n], attend to
+        whatever lives and is no newer than they are."""
+        end = first + k.shape[2]
+        self.k[:, :, first:end], self.v[:, :, first:end] = k, v
+        self.pos[:, :, first:end] = asking[:, None]
+        pos = self.pos[:, :, :end]
+        y, received = kernels.attend_block(q, self.k[:, :, :end], self.v[:, :, :end], pos, asking)
+        if self.ranks_prompt and self.scored:
+            self.score[:, :, first:end] = 0.0
+            seen_by = asking[:, None, -1:] + 1 - pos
+            self.score[:, :, :end] = self.policy.ranking.update(self.score[:, :, :end], received, seen_by)
+        return y
 
     # ---- decode
 
@@ -159,38 +202,38 @@ def pick(x: Tensor, pos: Tensor) -> Tensor:
 
 
 class Cache(nn.Module):
-    """All layers of one batch, for one policy and one length. The only state there is between two steps.
+    """All layers of one batch, for one policy and one length. The only state there is between two steps."""
 
-    lengths: of the prompts that it must have room for; T: most tokens to generate.
-    """
-
-    def __init__(
-        self, config: ModelConfig, policy: Policy, prompt: Prompt, batch: int, lengths: list[int], T: int, dtype
-    ):
+    def __init__(self, config: ModelConfig, policy: Policy, prompt: Prompt, shape: Shape, dtype):
         super().__init__()
         self.config, self.policy, self.prompt = config, policy, prompt
         policies = [for_layer(policy, layer, config.n_layers) for layer in range(config.n_layers)]
-        plans = [schedule(each, T) for each in policies]
+        plans = [schedule(each, shape.T) for each in policies]
         self.layers = nn.ModuleList()
         for layer, (each, plan) in enumerate(zip(policies, plans, strict=True)):
-            prompt_slots = self.slots_for(layer, lengths)
-            shape = (batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
-            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, dtype))
+            prompt_slots = self.allocated_for(layer, shape)
+            size = (shape.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
+            self.layers.append(LayerCache(layer, size, prompt_slots, plan.max_evict, each, dtype))
         steps = list(zip(*(plan.steps for plan in plans), strict=True))  # [T][n_layers]
         self.graph_at = self.graphs(steps, max(plan.n_slots for plan in plans))
         self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
-        self.register_buffer("lengths", torch.zeros(batch, dtype=torch.int64))
-        self.register_buffer("kept", torch.zeros(config.n_layers, batch, dtype=torch.int64))
+        self.register_buffer("lengths", torch.zeros(shape.batch, dtype=torch.int64))
+        self.register_buffer("kept", torch.zeros(config.n_layers, shape.batch, dtype=torch.int64))
+        self.used = [0] * config.n_layers  # prompt slots of each layer that a conversation has filled
+        self.position = 0  # of its next token
+
+    def allocated_for(self, layer: int, shape: Shape) -> int:
+        """Prompt slots of a layer. Where whole prompts stay, a slightly longer one finds the same number."""
+        slots = self.slots_for(layer, shape.lengths)
+        rounding = PROMPT_SLOTS if slots == max(shape.lengths) else 1
+        return -(-(slots + shape.room) // rounding) * rounding
 
     def slots_for(self, layer: int, lengths: list[int]) -> int:
-        """Prompt slots of a layer: whole prompts are rounded up, a compressed one takes what its budget says."""
-        whole = -(-max(lengths) // PROMPT_SLOTS) * PROMPT_SLOTS
+        """Slots that prompts of these lengths fill: one for each token that a head may keep."""
         most = max(self.kept_of(layer, length) for length in lengths)
-        if most == max(lengths):
-            return whole
         others = most - min(self.prompt.obs_window, most)
         shared = others - int(others * self.prompt.compressor.head_floor)  # what each head may lose to another
-        return min(whole, most + shared * (self.config.n_kv_heads - 1))
+        return min(max(lengths), most + shared * (self.config.n_kv_heads - 1))
 
     def kept_of(self, layer: int, length: int) -> int:
         """Tokens that stay of a prompt per KV head of this layer; the mean of its heads where they differ."""
@@ -219,7 +262,11 @@ class Cache(nn.Module):
 
     def live(self) -> Tensor:
         """[B] tokens held now per KV head, the mean of layers and heads."""
-        return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers]).mean(0)
+        return self.held().mean(0)
+
+    def held(self) -> Tensor:
+        """The same by layer, [n_layers, B]."""
+        return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers])
 
     def decode_peak(self, t: int) -> float:
         """The most tokens beyond the prompt's that a KV head has held up to step t, the mean of the layers."""
@@ -240,12 +287,14 @@ class Cache(nn.Module):
     def reset(self) -> None:
         self.lengths.zero_()
         self.kept.zero_()
+        self.used, self.position = [0] * len(self.layers), 0
         for layer in self.layers:
             layer.reset()
 
     def fills(self, lengths: list[int]) -> list:
         """Per layer, the attention of a prefill of right-padded prompts of these lengths."""
         kept = [[self.kept_of(layer.layer, length) for length in lengths] for layer in self.layers]
+        self.used, self.position = [self.slots_for(layer.layer, lengths) for layer in self.layers], max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
         self.kept.copy_(torch.tensor(kept))
         keeps = [None if row == lengths else self.kept[layer] for layer, row in enumerate(kept)]
@@ -262,3 +311,52 @@ class Cache(nn.Module):
 
     def selects(self, now: Now) -> list:
         return [partial(layer.select, now) for layer in self.layers]
+
+    # ---- a conversation: one row, turn after turn
+
+    def in_use(self, steps: int) -> list[int]:
+        """Decode slots of each layer that the first `steps` steps of a turn have written."""
+        return (self.plan[:steps, :, 0] < 0).sum(0).tolist()
+
+    def room(self, steps: int) -> int:
+        """Prompt slots that a turn of that many steps leaves for the next one."""
+        taken = zip(self.layers, self.used, self.in_use(steps), strict=True)
+        return min(layer.prompt_slots - used - in_use for layer, used, in_use in taken)
+
+    def settle(self, steps: int, position: int) -> None:
+        """End a turn of that many steps: what is left of its output up to a position stays for good, with the next turn
+        a new budget begins."""
+        self.drop(position)
+        in_use = self.in_use(steps)
+        for layer, first, count in zip(self.layers, self.used, in_use, strict=True):
+            layer.settle(first, count)
+        self.used = [first + count for first, count in zip(self.used, in_use, strict=True)]
+        self.position = position
+
+    def joins(self, n: int) -> tuple[Tensor, list]:
+        """Positions [1, n] of the next n tokens to be read, and per layer the attention that reads them."""
+        asking = self.position + torch.arange(n, device=self.lengths.device)[None]
+        attends = [partial(layer.join, first, asking) for layer, first in zip(self.layers, self.used, strict=True)]
+        self.used = [used + n for used in self.used]
+        self.position += n
+        return asking, attends
+
+    def count(self) -> None:
+        """Where the output begins, and how much there is before it."""
+        self.lengths.fill_(self.position)
+        self.kept.copy_(self.held())
+
+    def drop(self, position: int) -> None:
+        """Forget the tokens from this position on."""
+        for layer in self.layers:
+            layer.pos.masked_fill_(layer.pos >= position, -1)
+
+    def mark(self) -> Mark:
+        return Mark(self.position, tuple(self.used))
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget what came after the mark. A frozen prompt is then as it was, whatever was generated since; a pool
+        that prompt and output share has lost for good the prompt tokens that it evicted."""
+        self.drop(mark.position)
+        self.used, self.position = list(mark.used), mark.position
+        self.count()

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from cache import Cache, Now
+from cache import Cache, Mark, Now, Shape
 from model import ROPE_SCALINGS, Llama, ModelConfig
 from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE, Policy, Prompt
 
@@ -55,6 +55,8 @@ class Options:
     seed: int = option(0, "of the sampling; a prompt samples the same alone and in a batch")
     ignore_eos: bool = option(False, "do not stop at a stop token")
     batch_size: int = option(8, "most prompts that run together")
+    max_context: int = option(0, "room for the prompt and, in a conversation, for all that follows it, in tokens; "
+                              "0: what the prompts need, in a conversation 4096 or what the model allows")  # fmt: skip
     device: str = option("auto", "cpu, cuda, cuda:1; auto: cuda if there is one")
     dtype: str = option("auto", "of weights and cache: float32, bfloat16, float16; auto: the checkpoint's")
     compile: bool = option(True, "run eagerly: nothing to wait for, slower steps")
@@ -67,6 +69,7 @@ class Options:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        require(self.max_context >= 0, "max_context", self.max_context, "0 (automatic) or more")
 
     def rules(self) -> tuple[Policy, Prompt]:
         """What scope.py makes of these settings, for the decode and for the prefill phase."""
@@ -125,49 +128,65 @@ def generate(
     *,
     on_text=None,
     on_step=None,
-    prompt_slots: int = 0,
     **settings,
 ) -> Iterator[Result]:
     """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
 
     settings: more fields of Options. on_text(index, text) gets text as it is generated, on_step(cache) the cache
-    after prefill and after every step; prompt_slots allocates more than the longest prompt needs. ValueError, before
-    anything is computed, for a prompt or a setting that cannot be run.
+    after prefill and after every step. ValueError, before anything is computed, for a prompt or a setting that
+    cannot be run.
     """
     options = Options(policy=policy, **settings)
     prompts = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     check_run(model.config, prompts, options)
-    engine = Engine(model, options, tokenizer.stop_ids, shape_of(prompts, options, prompt_slots))
-    return run(engine, tokenizer, prompts, on_text or (lambda index, text: None), on_step or (lambda cache: None))
+    engine = Engine(model, options, tokenizer.stop_ids, shape_of(prompts, options))
+    return run(engine, tokenizer, prompts, on_text or ignore, on_step or ignore)
+
+
+def ignore(*seen) -> None:
+    """Where nobody listens."""
 
 
 def check_run(config: ModelConfig, prompts: list[list[int]], options: Options) -> None:
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
     for i, ids in enumerate(prompts):
-        if not ids:
-            raise ValueError(f"prompt {i} is empty: give it at least one token")
-        wrong = [x for x in ids if type(x) is not int or not 0 <= x < config.vocab_size]
-        if wrong:
-            raise ValueError(f"prompt {i} has token id {wrong[0]!r}: the vocabulary is 0 to {config.vocab_size - 1}")
+        check_ids(config, f"prompt {i}", ids)
+        if 0 < options.max_context < len(ids):
+            more = f"prompt {i} has {len(ids)} tokens, max_context is {options.max_context}"
+            raise ValueError(f"{more}: raise --max-context or shorten the prompt")
         check_length(config, f"prompt {i} has {len(ids)} tokens", len(ids) + options.max_new_tokens, options)
 
 
+def check_ids(config: ModelConfig, name: str, ids: list[int]) -> None:
+    if not ids:
+        raise ValueError(f"{name} is empty: give it at least one token")
+    wrong = [x for x in ids if type(x) is not int or not 0 <= x < config.vocab_size]
+    if wrong:
+        raise ValueError(f"{name} has token id {wrong[0]!r}: the vocabulary is 0 to {config.vocab_size - 1}")
+
+
 def check_length(config: ModelConfig, prompt: str, total: int, options: Options) -> None:
-    for limit, what in ((config.max_positions, "positions"), (config.sliding_window, "tokens of sliding window")):
-        if limit and total > limit:
-            more = f"{prompt} and {options.max_new_tokens} may follow: {total} are more than the model's {limit} {what}"
-            raise ValueError(f"{more}; lower --max-new-tokens or shorten the prompt")
+    limit, what = limit_of(config)
+    if total > limit:
+        more = f"{prompt} and {options.max_new_tokens} may follow: {total} are more than the model's {limit} {what}"
+        raise ValueError(f"{more}; lower --max-new-tokens or shorten the prompt")
 
 
-def shape_of(prompts: list[list[int]], options: Options, prompt_slots: int = 0) -> tuple[int, list[int], int]:
-    """Rows, prompt lengths and T of the one cache that all batches of a run share."""
-    lengths = sorted({len(ids) for ids in prompts} | ({prompt_slots} if prompt_slots else set()))
-    return min(options.batch_size, len(prompts)), lengths, options.max_new_tokens
+def limit_of(config: ModelConfig) -> tuple[int, str]:
+    """Tokens that the model can be right about, and what limits them."""
+    limits = [(config.max_positions, "positions")]
+    return min(limits + [(config.sliding_window, "tokens of sliding window")] * bool(config.sliding_window))
+
+
+def shape_of(prompts: list[list[int]], options: Options) -> Shape:
+    """Of the one cache that all batches of a run share."""
+    lengths = sorted({len(ids) for ids in prompts} | ({options.max_context} - {0}))
+    return Shape(min(options.batch_size, len(prompts)), lengths, options.max_new_tokens)
 
 
 def run(engine: "Engine", tokenizer: "Tokenizer", prompts: list[list[int]], on_text, on_step) -> Iterator[Result]:
-    size = engine.shape[0]
+    size = engine.shape.batch
     for first in range(0, len(prompts), size):
         rows = [Row(first + i, ids, TextStream(tokenizer)) for i, ids in enumerate(prompts[first : first + size])]
         try:
@@ -186,8 +205,14 @@ READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and e
 
 def run_batch(engine: "Engine", rows: list["Row"], on_text, on_step) -> None:
     """Prefill, then decode until every row has stopped or has its most tokens."""
-    unread = [engine.prefill(rows)]
+    first = engine.prefill(rows)
     on_step(engine.cache)
+    decode_rows(engine, rows, first, on_text, on_step)
+
+
+def decode_rows(engine: "Engine", rows: list["Row"], first: Tensor, on_text, on_step) -> None:
+    """first: the token that prefill gave to each row."""
+    unread = [first]
     for t in range(1, engine.options.max_new_tokens):
         if len(unread) == READ_EVERY[engine.device.type]:
             deliver(engine, rows, unread, on_text)
@@ -260,7 +285,7 @@ def decode_step(
 class Engine:
     """One model and one cache; runs batch after batch of prompts through the same buffers and graphs."""
 
-    def __init__(self, model: Llama, options: Options, stop_ids: list[int], shape: tuple[int, list[int], int]):
+    def __init__(self, model: Llama, options: Options, stop_ids: list[int], shape: Shape):
         self.model, self.options, self.shape = model, options, shape
         self.device = model.embed.weight.device
         self.cache = self.allocate(*options.rules(), self.device)
@@ -271,7 +296,7 @@ class Engine:
     def allocate(self, policy: Policy, prompt: Prompt, device) -> Cache:
         try:
             with torch.device(device):
-                return Cache(self.model.config, policy, prompt, *self.shape, self.model.embed.weight.dtype)
+                return Cache(self.model.config, policy, prompt, self.shape, self.model.embed.weight.dtype)
         except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
             raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
 
@@ -286,14 +311,18 @@ class Engine:
         for graph in sorted(set(self.cache.graph_at)):
             log.info("compiling the %s graph for %d decode slots ...", "select" if graph[0] else "append", graph[1])
             for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay
-                self.begin([0] * self.shape[0])
+                self.begin([0] * self.shape.batch)
                 self.decode(1, graph)
         self.wait()
         return time.perf_counter() - began
 
     def begin(self, indexes: list[int]) -> None:
-        """Forget the batch before. The sampling noise of a row depends on the seed and its prompt's index alone."""
+        """Forget the batch before."""
         self.cache.reset()
+        self.begin_turn(indexes)
+
+    def begin_turn(self, indexes: list[int]) -> None:
+        """The sampling noise of a row depends on the seed and its prompt's index alone."""
         self.noise = draw_noise(self.options, indexes).to(self.device)
         self.token = torch.zeros(len(indexes), dtype=torch.int64, device=self.device)
         self.stopped = torch.zeros(len(indexes), dtype=torch.bool, device=self.device)
@@ -306,15 +335,29 @@ class Engine:
         A batch shorter than the cache fills up with copies of its last row.
         """
         began = time.perf_counter()
-        rows = rows + rows[-1:] * (self.shape[0] - len(rows))
+        rows = rows + rows[-1:] * (self.shape.batch - len(rows))
         self.begin([row.index for row in rows])
         width = max(len(row.prompt) for row in rows)
         block = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows], device=self.device)
         lengths = torch.tensor([len(row.prompt) for row in rows], device=self.device)
         positions = torch.arange(width, device=self.device).expand_as(block)
         hidden = self.model(block, positions, self.cache.fills(lengths.tolist()))
-        logits = self.model.logits(hidden[torch.arange(len(rows), device=self.device), lengths - 1])
-        self.token, shown, self.stopped = self.sampler(logits, self.noise[0], self.stopped)
+        last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        return self.first_tokens(last, began)
+
+    @torch.inference_mode()
+    def extend(self, turn: int, ids: list[int]) -> Tensor:
+        """Read a later turn of a conversation on top of everything live; returns its first token [1]."""
+        began = time.perf_counter()
+        self.begin_turn([turn])
+        positions, attends = self.cache.joins(len(ids))
+        hidden = self.model(torch.tensor([ids], device=self.device), positions, attends)
+        self.cache.count()
+        return self.first_tokens(hidden[:, -1], began)
+
+    def first_tokens(self, hidden: Tensor, began: float) -> Tensor:
+        """hidden [B, hidden] of the last token that each row has read."""
+        self.token, shown, self.stopped = self.sampler(self.model.logits(hidden), self.noise[0], self.stopped)
         self.wait()
         self.prefill_s = time.perf_counter() - began
         self.prompt_live = self.cache.live().amax().item()
@@ -369,6 +412,88 @@ def check_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except Exception as error:
         raise ValueError("torch.compile finds no C++ compiler here: install g++, or run with --no-compile") from error
+
+
+# ---- conversations ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Moment:
+    """All that `Conversation.rewind` puts back."""
+
+    cache: Mark
+    turn: int
+    unread: list[int]
+    first: tuple[Tensor, Tensor] | None
+
+
+class Conversation:
+    """One context, read once, and any number of turns that follow it or of requests that are rewound.
+
+    What is read stays for good, but for what --compress takes of the context. Of an answer stays what the policy has
+    left of it when the next turn is read; every turn has a decode budget and a T of its own. Requests over one
+    context run one after the other. ValueError, before anything is computed, for what cannot be run.
+    """
+
+    def __init__(
+        self, model: Llama, tokenizer: "Tokenizer", context: str | list[int], policy: str = Options.policy, **settings
+    ):
+        options = Options(policy=policy, **settings)
+        room = options.max_context or min(4096, limit_of(model.config)[0])
+        self.tokenizer, self.options = tokenizer, replace(options, max_context=room)
+        ids = tokenizer.encode(context) if isinstance(context, str) else context
+        check_run(model.config, [ids], self.options)
+        shape = Shape(1, [len(ids)], options.max_new_tokens, room - len(ids))
+        self.engine = Engine(model, options, tokenizer.stop_ids, shape)
+        self.turn, self.block, self.unread = 0, ids, []  # unread: the last token of an answer, until the next turn
+        self.begin(self.engine.prefill([Row(0, ids, None)]))
+
+    def begin(self, first: Tensor) -> None:
+        """first [1]: the token that an answer now would begin with."""
+        self.first = first, self.engine.stopped
+        self.end = self.engine.cache.position
+
+    def read(self, turn: str | list[int]) -> None:
+        """What a user says next, or one more piece of it."""
+        ids = self.tokenizer.encode(turn, bos=False) if isinstance(turn, str) else turn
+        check_ids(self.engine.model.config, f"turn {self.turn}", ids)
+        ids = self.unread + ids
+        self.check_room(len(ids))
+        self.engine.cache.settle(self.engine.steps, self.end)
+        self.block, self.unread = ids, []
+        self.begin(self.engine.extend(self.turn, ids))
+
+    def check_room(self, n: int) -> None:
+        room = self.engine.cache.room(self.engine.steps)
+        if n > room:
+            have = f"{max(room, 0)} of max_context {self.options.max_context} are left"
+            raise ValueError(f"turn {self.turn} needs {n} slots, {have}: raise --max-context or begin anew")
+        total = self.end + n + self.options.max_new_tokens
+        check_length(self.engine.model.config, f"turn {self.turn} ends at token {self.end + n}", total, self.options)
+
+    def answer(self, on_text=ignore, on_step=ignore) -> Result:
+        """Decode until a stop token or max_new_tokens; on_text and on_step as in `generate`."""
+        if self.first is None:
+            raise ValueError(f"turn {self.turn} has nothing to answer: read something first")
+        row = Row(self.turn, self.block, TextStream(self.tokenizer))
+        decode_rows(self.engine, [row], self.first[0], on_text, on_step)
+        self.turn, self.unread, self.first = self.turn + 1, row.tokens[-1:], None
+        self.end += len(row.tokens) - 1
+        return row.result(self.tokenizer, self.engine.stats([row]))
+
+    def mark(self) -> Moment:
+        """Now, to come back to; what is left of an answer stays for good."""
+        self.engine.cache.settle(self.engine.steps, self.end)
+        self.engine.steps = 0
+        return Moment(self.engine.cache.mark(), self.turn, self.unread, self.first)
+
+    def rewind(self, moment: Moment) -> None:
+        """Forget what came after: no prefill, no allocation, a few small operations per layer."""
+        self.engine.cache.rewind(moment.cache)
+        self.turn, self.unread, self.first, self.end = moment.turn, moment.unread, moment.first, moment.cache.position
+        self.engine.begin_turn([self.turn])
+        if self.first:
+            self.engine.token, self.engine.stopped = self.first
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------
@@ -725,18 +850,22 @@ class Tokenizer:
     special: dict  # bos_token, eos_token as text, for the chat template
     template: str | None
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, bos: bool = True) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt {text[:40]!a} is no text: {one_line(error)}") from None
-        return self.backend.encode(text, bos=True)
+        return self.backend.encode(text, bos)
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids)
 
     def chat(self, messages: list[dict]) -> list[int]:
-        """A conversation -> prompt ids, by the checkpoint's own template in jinja2's sandbox."""
+        """A conversation -> prompt ids."""
+        return self.encode(self.render(messages), bos=False)  # the template writes its own bos
+
+    def render(self, messages: list[dict]) -> str:
+        """A conversation as text, by the checkpoint's own template in jinja2's sandbox."""
         if self.template is None:
             raise ValueError("this checkpoint has no chat template: run it without --chat")
         from jinja2 import TemplateError
@@ -752,12 +881,11 @@ class Tokenizer:
         jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
             template = jinja.from_string(self.template)
-            text = template.render(
+            return template.render(
                 messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.special
             )
         except Exception as error:  # a template is a program: it may fail in any way a program does
             raise ValueError(f"the chat template fails: {one_line(error)}") from error
-        return self.backend.encode(text, bos=False)  # the template writes its own bos
 
 
 def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
@@ -985,20 +1113,18 @@ def write_row(output, result: Result) -> None:
 
 
 def converse(arguments: argparse.Namespace) -> int:
-    """A conversation, one line a turn, until the end of input. Every turn reads the whole of it again."""
+    """A conversation, one line a turn, until the end of input."""
     options = options_of(arguments)
     if arguments.trace:
         raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
     check_writable(arguments)
     model, tokenizer = load_aloud(options)
     tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template
-    messages = []
+    chat = Chat(model, tokenizer, options)
     with open(arguments.output or os.devnull, "w", encoding="utf-8") as output:
-        for text in turns(arguments.prompt):
-            messages.append({"role": "user", "content": text})
-            result = reply(model, tokenizer, messages, options)
-            messages.append({"role": "assistant", "content": result.text})
-            write_row(output, replace(result, index=len(messages) // 2 - 1))
+        for number, text in enumerate(turns(arguments.prompt)):
+            result = chat.reply(text)
+            write_row(output, replace(result, index=number))
             note(summary([result.stats]))
     return 0
 
@@ -1018,15 +1144,45 @@ def turns(first: str | None) -> Iterator[str]:
             return
 
 
-def reply(model: Llama, tokenizer: Tokenizer, messages: list[dict], options: Options) -> Result:
-    ids = tokenizer.chat(messages)
-    slots = (
-        1 << (len(ids) - 1).bit_length()
-    )  # doubling: a growing conversation compiles anew a few times, not every turn
-    printer = Printer()
-    [result] = generate(model, tokenizer, [ids], **asdict(options), on_text=printer.text, prompt_slots=slots)
-    printer.end(0)
-    return result
+class Chat:
+    """A conversation in the words of the checkpoint's template, of which every turn reads only what is new."""
+
+    def __init__(self, model: Llama, tokenizer: Tokenizer, options: Options):
+        self.model, self.tokenizer, self.options = model, tokenizer, options
+        self.messages: list[dict] = []
+        self.text = ""  # what the template has made of all messages so far
+        self.conversation: Conversation | None = None
+
+    def reply(self, text: str) -> Result:
+        self.messages.append({"role": "user", "content": text})
+        before, self.text = self.text, self.tokenizer.render(self.messages)
+        new = self.new_ids(before)
+        if new is None:
+            ids = self.tokenizer.encode(self.text, bos=False)
+            self.conversation = Conversation(self.model, self.tokenizer, ids, **asdict(self.options))
+        else:
+            self.conversation.read(new)
+        printer = Printer()
+        result = self.conversation.answer(lambda index, piece: printer.text(0, piece))
+        printer.end(0)
+        self.messages.append({"role": "assistant", "content": result.text})
+        self.last = result
+        return result
+
+    def new_ids(self, before: str) -> list[int] | None:
+        """What follows the last answer in the template's text; None: it is the first turn, or the template has changed
+        what was said before, and all must be read again."""
+        if self.conversation is None:
+            return None
+        answer = self.last.text.strip()  # as most templates print it
+        rest = self.text.removeprefix(before)
+        start = rest.find(answer)
+        if not self.text.startswith(before) or start < 0 or rest[:start].strip():
+            log.info("the chat template changes earlier turns: the conversation is read again")
+            return None
+        ids = self.tokenizer.encode(rest[start + len(answer) :], bos=False)
+        stop = self.last.token_ids[-1]  # the model has written it, and the template does
+        return ids[ids.index(stop) + 1 :] if self.last.finish_reason == "stop" and stop in ids[:2] else ids
 
 
 class Printer:
@@ -1059,7 +1215,7 @@ class Trace:
         if len(prompts) > options.batch_size:
             raise ValueError(f"--trace records one batch: {len(prompts)} prompts need --batch-size {len(prompts)}")
         with torch.device("meta"):  # shapes only
-            cache = Cache(model.config, *options.rules(), *shape_of(prompts, options), torch.float32)
+            cache = Cache(model.config, *options.rules(), shape_of(prompts, options), torch.float32)
         size = cache.positions().nbytes * options.max_new_tokens
         if size > self.LIMIT:
             raise ValueError(f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens")

@@ -50,6 +50,24 @@ def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, last: int) -> Tens
     return prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a query that is not there sees nothing
 
 
+def attend_block(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, asking: Tensor) -> tuple[Tensor, Tensor]:
+    """Many queries over slots in any order; each sees the live ones that are no newer than itself.
+
+    q [B, H * G, n, head_dim], k and v [B, H, n_slots, head_dim], pos [B, H, n_slots] of the tokens there (-1: dead),
+    asking [B, n] of the queries -> output [B, H * G, n, head_dim], attention received [B, H, n_slots] float32, summed
+    over the queries and averaged over the group.
+    """
+    outputs, received = [], torch.zeros(k.shape[:3], device=k.device)
+    step = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for queries, positions in zip(q.split(step, dim=2), asking.split(step, dim=1), strict=True):
+        unseen = (pos < 0)[:, :, None] | (pos[:, :, None] > positions[:, None, :, None])  # [B, H, n, n_slots]
+        logits = scaled_scores(queries, k).masked_fill_(unseen[:, :, None], float("-inf"))
+        prob = logits.softmax(-1, dtype=torch.float32)  # [B, H, G, n, n_slots]
+        outputs.append((prob.to(v.dtype) @ v[:, :, None]).flatten(1, 2))
+        received += prob.sum(3).mean(2)
+    return torch.cat(outputs, 2), received
+
+
 def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
     """q [B, H * G, n, head_dim], k [B, H, S, head_dim] -> [B, H, G, n, S]."""
     return q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * k.shape[-1] ** -0.5

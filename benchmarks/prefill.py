@@ -16,6 +16,7 @@ import torch
 from benchmarks import common, machine
 from benchmarks.common import Progress, figure, require
 from benchmarks.shapes import SHAPES, random_model, random_rows
+from cache import Shape
 from generate import Engine, Options
 from scope import COMPRESSORS, FULL, WHOLE, Prompt
 
@@ -61,7 +62,7 @@ def once(arguments: argparse.Namespace, device: torch.device, compressor: str, t
     prompt = {"compress": compressor, "prompt_budget": arguments.prompt_budget, "obs_window": OBS_WINDOW}
     options = Options(policy=FULL.name, max_new_tokens=1, compile=False, **prompt)
     model, lengths = random_model(arguments.shape, device, arguments.dtype), [WARM_UP, int(tokens)]
-    engine = Engine(model, options, [], (1, lengths, options.max_new_tokens))
+    engine = Engine(model, options, [], Shape(1, lengths, options.max_new_tokens))
     for length in lengths:
         engine.prefill(random_rows(model.config, 1, length))
     return {"prefill_s": engine.prefill_s, "peak_bytes": machine.peak_bytes(device)}

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import common, machine, prefill
 from benchmarks.common import Method, Progress, figure, parse_method, require
 from benchmarks.shapes import SHAPES, random_model, random_rows
-from cache import Cache
+from cache import Cache, Shape
 from generate import Engine, Options, Parser, Row, find_device, find_dtype, note, one_line
 from model import Llama
 from scope import FULL
@@ -192,7 +192,7 @@ def runner(model: Llama, rows: list[Row], name: str, options: Options, title: st
     """Compiled and with its cache filled. The second prefill counts: the first one also warms up."""
     note(f"{title}: {name}: {'compile, ' if options.compile else ''}prefill")
     others = machine.forget_peak(model.embed.weight.device) - sum(weight.nbytes for weight in model.parameters())
-    engine = Engine(model, options, [], (len(rows), [len(rows[0].prompt)], options.max_new_tokens))
+    engine = Engine(model, options, [], Shape(len(rows), [len(rows[0].prompt)], options.max_new_tokens))
     engine.prefill(rows)
     engine.prefill(rows)
     return Runner(name, engine, machine.peak_bytes(engine.device) - others if engine.device.type == "cuda" else None)
@@ -234,7 +234,7 @@ def times_of(runner: Runner, full: Runner) -> dict:
     over_full = steadied([a / b for a, b in zip(runner.seconds(), full.seconds(), strict=True)], groups)
     kinds = gathered(own, [group.selects for group in groups])
     return {
-        "tokens_per_s": runner.engine.shape[0] / mean(own),
+        "tokens_per_s": runner.engine.shape.batch / mean(own),
         "step_s": mean(own),
         "append_s": mean(kinds[False]) if False in kinds else None,
         "select_s": mean(kinds[True]) if True in kinds else None,

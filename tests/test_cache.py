@@ -14,7 +14,7 @@ from oracle import (
     paper_selects,
 )
 
-from cache import Cache
+from cache import Cache, Shape
 from model import ModelConfig
 from scope import COMPRESSORS, SCORES, STRATEGIES, WHOLE, Policy, Prompt
 
@@ -42,7 +42,7 @@ class Run:
         self.policy, self.prompt, self.T, self.prompts = policy, prompt, T, prompts
         self.heads, self.group, self.seed, self.index = heads, group, seed, layer
         config = ModelConfig(9, 8, 8, N_LAYERS, heads * group, heads, HEAD_DIM)
-        self.cache = Cache(config, policy, prompt, len(prompts), prompts, T, torch.float32)
+        self.cache = Cache(config, policy, prompt, Shape(len(prompts), prompts, T), torch.float32)
         self.layer = self.cache.layers[layer]
         generator = torch.Generator().manual_seed(seed)
         self.blocks = [self.draw(max(prompts), generator), *(self.draw(1, generator) for _ in range(T))]
@@ -199,7 +199,7 @@ def test_a_row_of_a_ragged_batch_keeps_what_it_keeps_alone(run):
 
 def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
     config = ModelConfig(9, 64, 64, 3, n_heads=8, n_kv_heads=2, head_dim=8)
-    cache = Cache(config, Policy("slide", 5, 6, "cumulative"), WHOLE, 4, [64], 1000, torch.bfloat16)
+    cache = Cache(config, Policy("slide", 5, 6, "cumulative"), WHOLE, Shape(4, [64], 1000), torch.bfloat16)
     assert cache.layers[0].k.shape == (4, 2, 64 + 5 + 6 + 1, 8)
     kv = 3 * 2 * (4 * 2 * 76 * 8) * 2
     pos, score, victims = 4 * 2 * 76 * 4, 4 * 2 * 12 * 4, 4 * 2 * 1 * 8
@@ -207,7 +207,7 @@ def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
         3 * (pos + score + victims) + 1000 * 3 * 3 * 8 + 4 * 8 + 3 * 4 * 8
     )  # and the plan, the prompts' lengths and what is kept
     assert cache.nbytes == kv + bookkeeping
-    full = Cache(config, Policy("full", 5, 6, "cumulative"), WHOLE, 4, [64], 1000, torch.bfloat16)
+    full = Cache(config, Policy("full", 5, 6, "cumulative"), WHOLE, Shape(4, [64], 1000), torch.bfloat16)
     assert full.layers[0].k.shape[2] == 64 + 1000
 
 
@@ -215,7 +215,7 @@ def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
 def test_the_scores_disagree_where_they_should(score):
     """A token that was once looked at much and is not now: cumulative keeps it, current lets it go."""
     config = ModelConfig(9, 8, 8, 1, 1, 1, HEAD_DIM)
-    cache = Cache(config, Policy("slide", 1, 1, score), WHOLE, 1, [1], 4, torch.float32)
+    cache = Cache(config, Policy("slide", 1, 1, score), WHOLE, Shape(1, [1], 4), torch.float32)
     [fill] = cache.fills([1])
     fill(*torch.zeros(3, 1, 1, 1, HEAD_DIM))
     keys = torch.eye(HEAD_DIM) * 6

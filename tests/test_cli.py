@@ -117,6 +117,7 @@ EFFECTS = {  # field of Options -> flags without it, flags with it, where the di
         lambda run: [row["finish_reason"] for row in run.rows],
     ),
     "batch_size": ("--prompt-file TWO", "--prompt-file TWO --batch-size 1", stat("kv_bytes")),
+    "max_context": ("", "--max-context 200", stat("prompt_slots")),
     "device": ("--device cpu", "--device nowhere", lambda run: run.status),
     "dtype": ("", "--dtype bfloat16", stat("kv_bytes")),
     "compile": ("", "--no-compile", lambda run: [s > 0 for s in stat("compile_s")(run)]),
@@ -492,18 +493,21 @@ def messages(*texts):
     ]
 
 
-def test_a_conversation_remembers_what_was_said(run, monkeypatch, chatty):
+def test_a_conversation_reads_each_turn_once_and_remembers_all(run, monkeypatch, chatty):
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\nthe mat\n"))
-    result = run(" ".join(SHORT), "--chat", checkpoint=chatty)
-    tokenizer = load(str(chatty))[1]
-    first, second, third = (row["text"] for row in result.rows)
-    prompts = [messages("the cat"), messages("the cat", first, "a dog")]
-    prompts.append(messages("the cat", first, "a dog", second, "the mat"))
-    assert [row["prompt_len"] for row in result.rows] == [len(tokenizer.chat(prompt)) for prompt in prompts]
+    result = run(" ".join(SHORT), "--chat", "--policy", "full", checkpoint=chatty)
+    model, tokenizer = load(str(chatty))
+    conversation, turns = [], [tokenizer.chat(messages(text)) for text in ("the cat", "a dog", "the mat")]
+    turns[1:] = [ids[1:] for ids in turns[1:]]  # the template writes its bos once
+    for new, row in zip(turns, result.rows, strict=True):
+        unread = 0 if not conversation else 1  # an answer's last token was generated and not yet read
+        assert row["prompt_len"] == unread + len(new)
+        conversation += new
+        [again] = generate.generate(model, tokenizer, [conversation], "full", max_new_tokens=6, compile=False)
+        assert row["token_ids"] == again.token_ids
+        conversation += row["token_ids"]
     assert [row["index"] for row in result.rows] == [0, 1, 2]
-    assert result.status == 0 and result.out == "".join(
-        text.removesuffix("\n") + "\n" for text in (first, second, third)
-    )
+    assert result.status == 0 and result.out == "".join(row["text"].removesuffix("\n") + "\n" for row in result.rows)
 
 
 class Terminal(io.StringIO):

@@ -57,7 +57,7 @@ def test_a_second_request_equals_the_first(tiny, policy, score):
 
 
 def test_more_prompt_slots_than_needed_change_nothing(tiny):
-    assert tokens(tiny, prompt_slots=200) == tokens(tiny)
+    assert tokens(tiny, max_context=200) == tokens(tiny)
 
 
 def test_a_stop_token_ends_a_row_and_only_that_row(tiny):
