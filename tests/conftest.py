@@ -14,3 +14,9 @@ settings.load_profile("repeatable")
 def tiny(tmp_path_factory):
     """A random two-layer model with its tokenizer, loaded."""
     return load(str(make_checkpoint(tmp_path_factory.mktemp("tiny"))))
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory):
+    """One layer: half the time to compile."""
+    return load(str(make_checkpoint(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)))

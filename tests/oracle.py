@@ -57,7 +57,7 @@ class Oracle:
         self.name, self.heavy, self.recent, self.T = setting
         self.score = score
         self.entries = {p: (key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
-        self.prompt_len, self.n_kept = len(prompt), len(kept)
+        self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
         self.totals = {p: received[p] if self.score != "own" or p == newest else 0.0 for p in kept}
@@ -84,6 +84,20 @@ class Oracle:
         if paper_selects(self.name, self.heavy, self.recent, self.T, t):
             for p in self.victims(t):
                 del self.entries[p]
+        return outputs
+
+    def read(self, position: int, block: list[tuple]) -> list[list[list[float]]]:
+        """A later turn: each token of the block sees what is left of all before it. Returns their outputs per query."""
+        outputs, newest = [], position + len(block) - 1
+        for p, (queries, key, value) in enumerate(block, position):
+            self.entries[p] = (key, value)
+            self.totals[p] = 0.0
+            probs = [softmax(query, [self.entries[other][0] for other in self.live]) for query in queries]
+            for i, other in enumerate(self.live):
+                if self.score == "cumulative" or self.score == "own" and other == p == newest:
+                    self.totals[other] += sum(prob[i] for prob in probs) / len(probs)
+            outputs.append([weighted(prob, [self.entries[other][1] for other in self.live]) for prob in probs])
+        self.prompt_len, self.n_kept = newest + 1, len(self.entries)
         return outputs
 
     def victims(self, t: int) -> list[int]:

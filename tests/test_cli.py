@@ -510,6 +510,40 @@ def test_a_conversation_reads_each_turn_once_and_remembers_all(run, monkeypatch,
     assert result.status == 0 and result.out == "".join(row["text"].removesuffix("\n") + "\n" for row in result.rows)
 
 
+def rewritten(chatty, tmp_path, template):
+    """`chatty` with another chat template."""
+    folder = shutil.copytree(chatty, tmp_path / "rewritten")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
+    return folder
+
+
+def test_a_template_that_changes_earlier_turns_makes_the_conversation_be_read_again(
+    run, monkeypatch, tmp_path, chatty, caplog
+):
+    counting = "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
+    folder = rewritten(chatty, tmp_path, counting)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\n"))
+    first, second = run(" ".join(SHORT), "--chat", checkpoint=folder).rows
+    whole = load(str(folder))[1].chat(messages("the cat", first["text"], "a dog"))
+    assert second["prompt_len"] == len(whole)
+    assert "the conversation is read again" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("written", "last", "left"),
+    [("cat", 1, "<|user|>"), (" cat ", 1, "<|user|>"), ("cat", 50, "<|end|><|user|>"), ("", 1, "<|user|>")],
+)
+def test_the_stop_token_that_ends_an_answer_is_read_once(chatty, written, last, left):
+    """Token 1 is <|end|>: the template writes it, and so did the model if it ended with it."""
+    model, tokenizer = load(str(chatty))
+    chat = generate.Chat(model, tokenizer, Options())
+    chat.conversation, chat.text = object(), f"<|user|>the<|assistant|>{written.strip()}<|end|><|user|>"
+    reason = "stop" if last == 1 else "length"
+    chat.last = generate.Result(0, 1, [9, last], written, reason, stats=None)
+    assert chat.new_ids("<|user|>the<|assistant|>") == tokenizer.encode(left, bos=False)
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True

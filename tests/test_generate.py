@@ -12,7 +12,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from checkpoints import make_checkpoint
-from generate import Engine, Options, Row, generate, load, shape_of
+from generate import Engine, Options, Row, generate, shape_of
 from scope import SCORES, STRATEGIES
 
 ROOT = Path(__file__).parent.parent
@@ -144,12 +144,6 @@ def run_steps(engine, prompts):
     return [first.tolist()] + [engine.decode(t).tolist() for t in range(1, engine.options.max_new_tokens)]
 
 
-@pytest.fixture(scope="module")
-def shallow(tmp_path_factory):
-    """One layer: half the time to compile."""
-    return load(str(make_checkpoint(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)))[0]
-
-
 def engine_for(model, **changes):
     options = Options(**RUN | {"compile": True} | changes)
     return Engine(model, options, [], shape_of(PROMPTS, options))
@@ -167,27 +161,27 @@ RANKINGS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "score"), RANKINGS)
 def test_compiled_equals_eager_and_nothing_recompiles_after_warm_up(shallow, policy, score):
-    eager = run_steps(engine_for(shallow, policy=policy, score=score, compile=False), PROMPTS)
-    engine = engine_for(shallow, policy=policy, score=score)
+    eager = run_steps(engine_for(shallow[0], policy=policy, score=score, compile=False), PROMPTS)
+    engine = engine_for(shallow[0], policy=policy, score=score)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert run_steps(engine, PROMPTS) == eager
         other_lengths = [ids + [1, 2, 3] for ids in reversed(PROMPTS)]
         run_steps(engine, other_lengths)
-        run_steps(engine_for(shallow, policy=policy, score=score), PROMPTS)  # a new cache of the same shape
+        run_steps(engine_for(shallow[0], policy=policy, score=score), PROMPTS)  # a new cache of the same shape
 
 
 @pytest.mark.slow
 def test_sampling_compiles_to_the_same_tokens(shallow):
     hot = {"temperature": 0.8, "top_k": 40, "top_p": 0.9}
-    eager = run_steps(engine_for(shallow, compile=False, **hot), PROMPTS)
-    assert run_steps(engine_for(shallow, **hot), PROMPTS) == eager
+    eager = run_steps(engine_for(shallow[0], compile=False, **hot), PROMPTS)
+    assert run_steps(engine_for(shallow[0], **hot), PROMPTS) == eager
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["full", "slide", "discontinuous"])
 def test_no_graph_holds_a_copy_of_the_cache(shallow, policy):
     """A scattered write that was not turned back into one in place would allocate a buffer of the cache's size."""
-    engine = engine_for(shallow, policy=policy, score="cumulative", compile=False)
+    engine = engine_for(shallow[0], policy=policy, score="cumulative", compile=False)
     layer, engine.step = engine.cache.layers[0], torch.compile(engine.step, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
     with torch._inductor.utils.fresh_cache():

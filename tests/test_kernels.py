@@ -1,5 +1,6 @@
 """Each kernel beside its slow twin."""
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -43,3 +44,28 @@ def test_attend_slots_equals_sdpa_over_the_live_slots():
     torch.testing.assert_close(y, wanted)
     torch.testing.assert_close(prob.sum(-1), torch.ones(2, 3))
     assert (prob[~live] == 0).all()
+
+
+def test_attend_block_equals_sdpa_over_the_live_slots_that_are_no_newer():
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
+    pos = torch.stack([torch.randperm(11) for _ in range(6)]).view(2, 3, 11)
+    pos[pos == 4] = -1
+    asking = torch.tensor([[1, 2, 3, 5, 9], [0, 6, 7, 8, 10]])
+    y, received = kernels.attend_block(q, k, v, pos, asking)
+    seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= asking[:, None, :, None])
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen.repeat_interleave(2, 1), enable_gqa=True
+    )
+    torch.testing.assert_close(y, wanted)
+    torch.testing.assert_close(received.sum(-1), torch.full((2, 3), 5.0))
+    assert (received[~seen.any(2)] == 0).all()
+
+
+@pytest.mark.parametrize("block_scores", [1, 100, 500])
+def test_the_size_of_a_block_of_scores_changes_nothing(monkeypatch, block_scores):
+    q, k, v, lengths = torch.randn(2, 6, 17, 8), torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8), [17, 9]
+    pos, asking = torch.arange(17).expand(2, 3, 17), torch.arange(17).expand(2, 17)
+    both = kernels.received_attention(q, k, torch.tensor(lengths)), *kernels.attend_block(q, k, v, pos, asking)
+    monkeypatch.setattr(kernels, "BLOCK_SCORES", block_scores)
+    again = kernels.received_attention(q, k, torch.tensor(lengths)), *kernels.attend_block(q, k, v, pos, asking)
+    torch.testing.assert_close(again, both)
