@@ -1,6 +1,7 @@
 """How fast a decode step is under each policy, against the full static cache and against the memory's speed.
 
 python benchmarks/speed.py --shape cpu --workload 1024+1024 2048+4096 --json speed.json --plot speed.png
+python benchmarks/speed.py --shape cpu --eviction                       what eviction adds to the same attention instead
 python benchmarks/speed.py --shape cpu --prefill 4096 16384             what choosing prompt tokens costs instead
 
 Random weights; every policy runs in the engine that generate.py runs. The policies take turns of a few steps in one
@@ -11,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -30,6 +31,7 @@ from model import Llama
 from scope import FULL
 
 TURN = 8  # steps: the first finds another policy's data in the CPU's caches (10 % slower), most must not
+EVICTION_ROUNDS = 40
 WINDOWS = 16  # of a run, equally long: a curve has one point in each
 QUICK = {"shape": "mini", "workload": ["24+32"], "batch_sizes": [1, 2], "prompt_budget": 40, "rounds": 1}
 
@@ -45,7 +47,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
     if arguments.child:
         return print(json.dumps(prefill.once(arguments, device, *arguments.child)))
     try:
-        report = prefill.report if arguments.prefill else decode_report
+        report = prefill.report if arguments.prefill else eviction_report if arguments.eviction else decode_report
         about = {"command": " ".join(["python benchmarks/speed.py", *arguments.argv])}
         report(arguments, device, about | machine.describe(device))
     except RuntimeError as error:  # torch's out-of-memory errors are of this kind, on any device
@@ -78,6 +80,9 @@ def add_work_flags(group) -> None:
     group.add_argument("--policies", **policies, help="full always runs too")
     group.add_argument("--heavy", type=int, help="heavy hitters per KV head (default: 1/16 of NEW)")
     group.add_argument("--recent", type=int, help="newest tokens always kept (default: 1/16 of NEW)")
+    group.add_argument(
+        "--eviction", action="store_true", help="time steps against a full cache of as many slots instead"
+    )
     group.add_argument("--prefill", type=int, nargs="+", metavar="TOKENS", help="time prompt compressors instead")
     group.add_argument("--prompt-budget", type=int, default=2048, help="prefill: prompt tokens that they keep")
     group.add_argument("--rounds", type=int, default=3, help="prefill: runs of each compressor")
@@ -103,6 +108,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for method, workload in product(arguments.policies, arguments.workload):
         options_of(arguments, method, workload)
     prefill.check(arguments)
+    if arguments.eviction and (arguments.plot or arguments.prefill):
+        raise ValueError("--eviction makes one table: it goes neither with --plot nor with --prefill")
     common.check_writable(json=arguments.json, plot=arguments.plot)
     common.check_plot(arguments.plot)
 
@@ -308,6 +315,48 @@ def bytes_per_token(cache: Cache) -> int:
     return 2 * k.shape[1] * k.shape[3] * k.element_size()
 
 
+# ---- what eviction adds ------------------------------------------------------------------------------------
+
+
+def eviction_report(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
+    """A full cache of as many slots runs the same attention and does not score, select or keep books."""
+    model, lines = random_model(arguments.shape, device, arguments.dtype), []
+    for workload, batch, method in product(arguments.workload, arguments.batch_sizes, arguments.policies[1:]):
+        options, rows = options_of(arguments, method, workload), random_rows(model.config, batch, workload.prompt)
+        title = f"{workload}, batch {batch}"
+        own = runner(model, rows, method.text, options, title)
+        slots = max(own.engine.cache.slots[1])
+        full = runner(model, rows, FULL.name, replace(options, policy=FULL.name, max_new_tokens=slots), title)
+        labels = {"shape": arguments.shape, "workload": str(workload), "batch": batch, "policy": method.text}
+        lines.append(labels | {"slots": slots} | beside(full, own))
+        machine.release(device)
+    common.write_json(arguments.json, about | {"eviction": lines})
+    print(common.known_table(lines, EVICTION_COLUMNS), EVICTION_LEGEND, sep="\n")
+
+
+def beside(full: Runner, own: Runner) -> dict:
+    """Medians of full's last step, and of the policy's last steps of both kinds, TURN steps of each in turn."""
+    kinds = {"full_s": (full, last_step(full, False))}
+    kinds |= {f"{name}_s": (own, last_step(own, select)) for name, select in (("append", False), ("select", True))}
+    seconds: dict[str, list[float]] = {}
+    for _ in range(EVICTION_ROUNDS):
+        for name, (each, t) in kinds.items():
+            for _ in range(TURN if t else 0):
+                each.step(t)
+            seconds.setdefault(name, []).extend(
+                each.seconds()[1:]
+            )  # the first finds another's data in the CPU's caches
+            each.stamps.clear()
+    return {name: median(values) for name, values in seconds.items() if values}
+
+
+def last_step(runner: Runner, selects: bool) -> int | None:
+    """The last step of this kind that reads all slots; None: there is none."""
+    graphs = runner.engine.cache.graph_at[:-1]
+    most = max(reads for _, reads in graphs)
+    return max((t for t, graph in enumerate(graphs, 1) if graph == (selects, most)), default=None)
+
+
 # ---- table and plot ------------------------------------------------------------------------------------------------
 
 DECODE_COLUMNS = {
@@ -333,6 +382,20 @@ DECODE_LEGEND = """
 x full: tokens/s over the full static cache's; x bytes: what the bytes of weights and slots that a step runs over make
 of it. worst: the longest step time over full's, of 16 windows of the run. append, select: ms of the two kinds of step.
 floor: ms to read the weights and the live K and V ("read") at this machine's {:.3g} GB/s. KV: allocated."""
+
+
+EVICTION_COLUMNS = {
+    "policy": lambda line: line["policy"],
+    "workload": lambda line: line["workload"],
+    "batch": figure("batch", ".0f"),
+    "slots": figure("slots", ".0f"),
+    "full ms": figure("full_s", ".2f", 1e-3),
+    "append": figure("append_s", ".2f", 1e-3),
+    "select": figure("select_s", ".2f", 1e-3),
+    "select / full": lambda line: f"{line['select_s'] / line['full_s']:.2f}" if "select_s" in line else "",
+}
+EVICTION_LEGEND = """
+slots: for decoding. full: a step of a full cache of as many slots, which does not score, select or keep books."""
 
 
 def plot(path: str, lines: list[dict]) -> None:

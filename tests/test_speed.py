@@ -72,6 +72,19 @@ def test_full_is_compared_with_itself_and_every_policy_reads_less(tmp_path):
         assert line["tokens_per_s"] == pytest.approx(1 / line["step_s"])
 
 
+def test_eviction_is_timed_against_a_full_cache_of_as_many_slots(tmp_path, capsys):
+    file = tmp_path / "eviction.json"
+    work = ["--eviction", "--batch-sizes", "1", "--policies", "slide", "full:heavy=1", "--json", str(file)]
+    assert main(quick(*work)) == 0
+    slide, full = json.loads(file.read_text())["eviction"]
+    assert slide["slots"] == 2 + 2 + 1 and full["slots"] == 32
+    assert slide.keys() - full.keys() == {"select_s"}
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split()[:4] == ["policy", "workload", "batch", "slots"]
+    assert main(quick("--eviction", "--plot", str(tmp_path / "x.png"))) == 2
+    assert "--eviction makes one table" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_compiled_run(tmp_path):
     file = tmp_path / "speed.json"
