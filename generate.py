@@ -417,12 +417,13 @@ def check_compiler(device: torch.device) -> None:
 # ---- conversations ----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Moment:
     """All that `Conversation.rewind` puts back."""
 
     cache: Mark
     turn: int
+    block: list[int]
     unread: list[int]
     first: tuple[Tensor, Tensor] | None
 
@@ -445,7 +446,9 @@ class Conversation:
         check_run(model.config, [ids], self.options)
         shape = Shape(1, [len(ids)], options.max_new_tokens, room - len(ids))
         self.engine = Engine(model, options, tokenizer.stop_ids, shape)
-        self.turn, self.block, self.unread = 0, ids, []  # unread: the last token of an answer, until the next turn
+        self.turn, self.block = 0, ids  # what was read last
+        self.unread: list[int] = []  # the last token of an answer, until the next turn
+        self.moments: list[Moment] = []
         self.begin(self.engine.prefill([Row(0, ids, None)]))
 
     def begin(self, first: Tensor) -> None:
@@ -483,14 +486,20 @@ class Conversation:
 
     def mark(self) -> Moment:
         """Now, to come back to; what is left of an answer stays for good."""
+        self.check_room(len(self.unread))
         self.engine.cache.settle(self.engine.steps, self.end)
         self.engine.steps = 0
-        return Moment(self.engine.cache.mark(), self.turn, self.unread, self.first)
+        self.moments.append(Moment(self.engine.cache.mark(), self.turn, self.block, self.unread, self.first))
+        return self.moments[-1]
 
     def rewind(self, moment: Moment) -> None:
         """Forget what came after: no prefill, no allocation, a few small operations per layer."""
+        if moment not in self.moments:
+            raise ValueError("this moment is forgotten: an earlier one was rewound to, or it is another conversation's")
+        del self.moments[self.moments.index(moment) + 1 :]
         self.engine.cache.rewind(moment.cache)
-        self.turn, self.unread, self.first, self.end = moment.turn, moment.unread, moment.first, moment.cache.position
+        self.turn, self.block, self.unread, self.first = moment.turn, moment.block, moment.unread, moment.first
+        self.end = moment.cache.position
         self.engine.begin_turn([self.turn])
         if self.first:
             self.engine.token, self.engine.stopped = self.first
