@@ -42,6 +42,7 @@ class Mark(NamedTuple):
 
     position: int  # of the next token
     used: tuple[int, ...]  # prompt slots of each layer
+    kept: Tensor  # as in Now
 
 
 class Now(NamedTuple):
@@ -352,11 +353,12 @@ class Cache(nn.Module):
             layer.pos.masked_fill_(layer.pos >= position, -1)
 
     def mark(self) -> Mark:
-        return Mark(self.position, tuple(self.used))
+        return Mark(self.position, tuple(self.used), self.kept.clone())
 
     def rewind(self, mark: Mark) -> None:
         """Forget what came after the mark. A frozen prompt is then as it was, whatever was generated since; a pool
         that prompt and output share has lost for good the prompt tokens that it evicted."""
         self.drop(mark.position)
         self.used, self.position = list(mark.used), mark.position
-        self.count()
+        self.lengths.fill_(mark.position)
+        self.kept.copy_(mark.kept)

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -29,25 +30,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, False, "") else super()._get_help_string(action)
 
 
-def add_method_flags(group, methods: list[str]) -> None:
+BUDGETS, SHARES = [0.25, 0.125], [1.0]  # of the output, of the prompt
+SHARE_HELP = "below 1: all methods keep this share of the prompt, chosen by compress=h2o or what --set says"
+
+
+def add_method_flags(group, methods: list[str], budgets=BUDGETS, shares=SHARES, share_help=SHARE_HELP) -> None:
     group.add_argument(
         "--methods", nargs="+", default=methods, metavar="NAME[:FIELD=VALUE,...]", help="lines of the table"
     )
     budget_help = "heavy + recent, as shares of the longest output"
-    group.add_argument(
-        "--decode-budget", type=float, nargs="+", default=[0.25, 0.125], metavar="SHARE", help=budget_help
-    )
+    group.add_argument("--decode-budget", type=float, nargs="+", default=budgets, metavar="SHARE", help=budget_help)
     group.add_argument("--recent", type=int, help="recent tokens of every decode budget (default: half of it)")
-    share_help = "below 1: all methods keep this share of the prompt, chosen by compress=h2o or what --set says"
-    group.add_argument("--prompt-share", type=float, nargs="+", default=[1.0], metavar="SHARE", help=share_help)
+    group.add_argument("--prompt-share", type=float, nargs="+", default=shares, metavar="SHARE", help=share_help)
     group.add_argument("--set", default="", metavar="FIELD=VALUE,...", help="settings of all methods")
 
 
-def add_run_flags(group) -> None:
+def add_run_flags(group, batches: bool = True) -> None:
     group.add_argument("--checkpoint", default=Options.checkpoint, metavar="DIR_OR_HUB_ID", help="of the model")
     group.add_argument("--device", default=Options.device, help="cpu, cuda, cuda:1")
     group.add_argument("--dtype", default=Options.dtype, help="of weights and cache")
-    group.add_argument("--batch-size", type=int, help="(default: mini: 64; data: 8)")
+    if batches:
+        group.add_argument("--batch-size", type=int, help="(default: mini: 64; data: 8)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: mini: no; data: yes)")
     where = "predictions are appended here as they come, and a run continues where the file ends "
     where += "(default: mini: none; data: NAME.predictions.jsonl in this directory)"
@@ -219,19 +222,25 @@ def effective(job: Job) -> dict:
 def run_jobs(
     model, tokenizer, prompts: list[list[int]], asked: list[dict], jobs: list[Job], predictions: "Predictions"
 ) -> list[dict]:
-    """A prediction per job and prompt; only those that are not on disk yet are generated.
+    """A prediction per job and prompt: {"key", **job.labels, **asked[i], "pred", "finish_reason", "stats"}."""
+    return complete(model, prompts, asked, jobs, predictions, partial(predict, model, tokenizer, prompts))
 
-    A prediction: {"key", **job.labels, **asked[i], "pred", "finish_reason", "stats"}.
+
+def complete(
+    model, inputs: list, asked: list[dict], jobs: list[Job], predictions: "Predictions", predict, unit: str = "prompts"
+) -> list[dict]:
+    """{"key", **job.labels, **asked[i], **prediction} per job and input, of which only those are made that are not on
+    disk yet. predict(missing, job, bar) yields (index, prediction); inputs: all that decides the tokens but the job.
     """
     weights = fingerprint(model)
-    keys = [[key_of(job, weights, ids) for ids in prompts] for job in jobs]
+    keys = [[key_of(job, weights, each) for each in inputs] for job in jobs]
     missing = [[i for i, key in enumerate(row) if key not in predictions.rows] for row in keys]
-    total, left = len(jobs) * len(prompts), sum(map(len, missing))
+    total, left = len(jobs) * len(inputs), sum(map(len, missing))
     if left < total:
         note(f"{predictions.path}: {total - left} of {total} predictions are there")
-    bar = Progress(left)
+    bar = Progress(left, unit)
     for number, job in enumerate(jobs):
-        for i, prediction in predict(model, tokenizer, prompts, missing[number], job, bar):
+        for i, prediction in predict(missing[number], job, bar):
             predictions.add({"key": keys[number][i]} | job.labels | asked[i] | prediction)
     bar.close()
     done = [zip(asked, row, strict=True) for row in keys]
@@ -244,9 +253,9 @@ def fingerprint(model: torch.nn.Module) -> str:
     return f"{sum(norms):.9e} {next(model.parameters()).dtype}"
 
 
-def key_of(job: Job, weights: str, ids: list[int]) -> str:
+def key_of(job: Job, weights: str, content: list | dict) -> str:
     """The same for two runs that must give the same tokens."""
-    text = json.dumps([effective(job), weights, ids])
+    text = json.dumps([effective(job), weights, content])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
@@ -391,7 +400,7 @@ def costs(predictions: list[dict]) -> dict:
 # ---- tables: a line is a dict, a column a title and a function of the line ----------------------------------
 
 
-def report(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
+def report(lines: list[dict], columns: dict[str, Callable[[dict], str]], more: str = "") -> str:
     """The table, without the columns that nothing is known for, and what must be said about it."""
     sources = list(dict.fromkeys(line["source"] or "" for line in lines))
     if len(sources) > 1:
@@ -399,7 +408,7 @@ def report(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
     cells = {title: [cell(line) for line in lines] for title, cell in columns.items()}
     shown = {title: column for title, column in cells.items() if any(column)}
     rows = [list(row) for row in zip(*shown.values(), strict=True)]
-    return "\n".join([*sources[len(sources) > 1 :][:1], table(list(shown), rows), LEGEND, *odd_slots(lines)])
+    return "\n".join([*sources[len(sources) > 1 :][:1], table(list(shown), rows), LEGEND + more, *odd_slots(lines)])
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -471,29 +480,33 @@ def odd_slots(lines: list[dict]) -> list[str]:
 # ---- plots ------------------------------------------------------------------------------------------------
 
 
+PERCENT = "accuracy (%)"
+
+
 @dataclass
 class Panel:
-    """One pair of axes: percent right over x, a line for each method."""
+    """One pair of axes: percent right over x, or something else on a logarithmic axis; a line for each method."""
 
     title: str
     x_label: str
     lines: dict[str, list[tuple[float, float]]]
     log_x: bool = False
+    y_label: str = PERCENT
 
 
 def plot(path: str, panels: list[list[Panel]]) -> None:
-    """Rows of panels. A method has the same colour and marker in all of them."""
+    """Rows of panels, each with one kind of y. A method has the same colour and marker in all of them."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
     shape = len(panels), max(map(len, panels))
-    figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.6 * shape[0]), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.6 * shape[0]), squeeze=False, sharey="row")
     names = list(dict.fromkeys(name for row in panels for panel in row for name in panel.lines))
     handles = {}
     for row, row_axes in zip(panels, axes, strict=True):
-        row_axes[0].set_ylabel("accuracy (%)")
+        row_axes[0].set_ylabel(row[0].y_label)
         for panel, ax in zip(row, row_axes, strict=False):
             handles |= draw(ax, panel, names)
         for ax in row_axes[len(row) :]:
@@ -510,7 +523,8 @@ def draw(ax, panel: Panel, names: list[str]) -> dict:
         number = names.index(name)
         style = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "linestyle": ("-", "--")[number // 10 % 2]}
         [handles[name]] = ax.plot(*zip(*points, strict=True), markersize=4, linewidth=1.3, **style)
-    ax.set(title=panel.title, xlabel=panel.x_label, ylim=(-2, 102))
+    scale = {"ylim": (-2, 102)} if panel.y_label == PERCENT else {"yscale": "log"}
+    ax.set(title=panel.title, xlabel=panel.x_label, **scale)
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
     if panel.log_x:

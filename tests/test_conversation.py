@@ -167,7 +167,8 @@ def state(cache):
     held = [layer.pos.clone() for layer in cache.layers]
     live = [pos[..., None] >= 0 for pos in held]
     pairs = [(layer.k * alive, layer.v * alive) for layer, alive in zip(cache.layers, live, strict=True)]
-    return [*held, *(x for pair in pairs for x in pair), cache.lengths.clone(), cache.kept.clone()], cache.mark()
+    position, used, kept = cache.mark()
+    return [*held, *(x for pair in pairs for x in pair), cache.lengths.clone(), kept], (position, used)
 
 
 def assert_same_state(one, other):
