@@ -505,6 +505,12 @@ class Conversation:
             self.engine.token, self.engine.stopped = self.first
 
 
+def without_stop(ids: list[int], answer: Result) -> list[int]:
+    """What a template puts after an answer, without the stop token that the model has written itself."""
+    stop = answer.token_ids[-1]
+    return ids[ids.index(stop) + 1 :] if answer.finish_reason == "stop" and stop in ids[:2] else ids
+
+
 # ---- sampling ---------------------------------------------------------------------------------------------
 
 
@@ -1189,9 +1195,7 @@ class Chat:
         if not self.text.startswith(before) or start < 0 or rest[:start].strip():
             log.info("the chat template changes earlier turns: the conversation is read again")
             return None
-        ids = self.tokenizer.encode(rest[start + len(answer) :], bos=False)
-        stop = self.last.token_ids[-1]  # the model has written it, and the template does
-        return ids[ids.index(stop) + 1 :] if self.last.finish_reason == "stop" and stop in ids[:2] else ids
+        return without_stop(self.tokenizer.encode(rest[start + len(answer) :], bos=False), self.last)
 
 
 class Printer:

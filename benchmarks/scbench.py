@@ -27,7 +27,7 @@ from problems import RESULT, make_problem
 
 from benchmarks import common
 from benchmarks.common import Job, Panel, Progress, Sizes, require
-from generate import Conversation, Moment, Parser, Result, Tokenizer, limit_of, load, note, one_line
+from generate import Conversation, Moment, Parser, Result, Tokenizer, limit_of, load, note, one_line, without_stop
 from scope import WHOLE
 
 METHODS = ["full", "slide", "discontinuous", "h2o", "h2o:score=current", "streaming"]
@@ -482,7 +482,8 @@ def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job
         for turn in converse(conversation, dialogues[i]):
             turns.append(turn)
             bar.show(before + number + len(turns) / len(reads), name)
-        yield i, prediction_of(prefill_s, turns)
+        restart = restart_of(conversation, conversation.moments[0])
+        yield i, prediction_of(prefill_s, turns) | {"restart": restart}
 
 
 def max_context(dialogues: list[Dialogue], i: int, job: Job) -> int:
@@ -497,10 +498,9 @@ def max_context(dialogues: list[Dialogue], i: int, job: Job) -> int:
 class Turn:
     """One query and its answer, with what they took."""
 
-    result: Result
     asked: Moment  # before the answer
+    result: Result
     start_s: float  # from the query to the first token, rewinding included
-    restart: float | None  # rewinding and the first decode step, over the median decode step
 
 
 def converse(conversation: Conversation, dialogue: Dialogue) -> Iterator[Turn]:
@@ -521,17 +521,21 @@ def back_to(dialogue: Dialogue, shared: Moment, before: Turn | None) -> Moment |
 
 
 def ask(conversation: Conversation, back: Moment | None, ids: list[int]) -> Turn:
-    clock, steps = Clock(conversation), []
+    clock = Clock(conversation)
     if back:
         conversation.rewind(back)
-    rewind_s = clock.lap()
     conversation.read(ids)
-    read_s = clock.lap()
-    asked = conversation.mark()
-    clock.lap()
-    result = conversation.answer(on_step=lambda cache: steps.append(clock.lap()))
-    restart = (rewind_s + steps[0]) / statistics.median(steps) if back and steps else None
-    return Turn(result, asked, rewind_s + read_s, restart)
+    start_s = clock.lap()
+    return Turn(asked=conversation.mark(), result=conversation.answer(), start_s=start_s)
+
+
+def restart_of(conversation: Conversation, context: Moment) -> float | None:
+    """Rewinding and the first decode step after it, over the median decode step."""
+    clock, steps = Clock(conversation), []
+    conversation.rewind(context)
+    rewind_s = clock.lap()
+    conversation.answer(on_step=lambda cache: steps.append(clock.lap()))
+    return (rewind_s + steps[0]) / statistics.median(steps) if steps else None
 
 
 class Clock:
@@ -547,12 +551,6 @@ class Clock:
         return self.last - before
 
 
-def without_stop(ids: list[int], before: Result) -> list[int]:
-    """What follows an answer, without the stop token that the model has written itself."""
-    stop = before.token_ids[-1]
-    return ids[ids.index(stop) + 1 :] if before.finish_reason == "stop" and stop in ids[:2] else ids
-
-
 def prediction_of(prefill_s: float, turns: list[Turn]) -> dict:
     stats = [asdict(turn.result.stats) for turn in turns]
     stats[0] |= {
@@ -564,7 +562,6 @@ def prediction_of(prefill_s: float, turns: list[Turn]) -> dict:
         "finish_reasons": [turn.result.finish_reason for turn in turns],
         "prefill_s": prefill_s,
         "start_s": [turn.start_s for turn in turns],
-        "restart": [turn.restart for turn in turns],
         "stats": stats[0],
     }
 
@@ -616,7 +613,7 @@ def times(rows: list[dict]) -> dict:
     """Medians: seconds to the first token of the first query, of later ones, and of each turn."""
     starts = [starts_of(row) for row in rows]
     first, later = [seconds[0] for seconds in starts], [x for seconds in starts for x in seconds[1:]]
-    restarts = [x for row in rows for x in row["restart"] if x is not None]
+    restarts = [row["restart"] for row in rows if row["restart"] is not None]
     prefill_s, first_start_s = statistics.median(row["prefill_s"] for row in rows), statistics.median(first)
     known = {"prefill_s": prefill_s, "first_start_s": first_start_s, "start_by_turn": medians_by_turn(starts)}
     if later:
