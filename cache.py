@@ -34,7 +34,7 @@ class Shape(NamedTuple):
     batch: int
     lengths: list[int]  # of the prompts
     T: int  # most tokens to generate; in a conversation, in each turn
-    room: int = 0  # tokens per KV head that later turns may add to the prompt
+    prompt_slots: int = 0  # per KV head of every layer, for the prompt and later turns; 0: what the prompts need
 
 
 class Mark(NamedTuple):
@@ -43,6 +43,7 @@ class Mark(NamedTuple):
     position: int  # of the next token
     used: tuple[int, ...]  # prompt slots of each layer
     kept: Tensor  # as in Now
+    scores: list[Tensor]  # of each layer whose prompt is ranked: later tokens change them
 
 
 class Now(NamedTuple):
@@ -226,8 +227,12 @@ class Cache(nn.Module):
     def allocated_for(self, layer: int, shape: Shape) -> int:
         """Prompt slots of a layer. Where whole prompts stay, a slightly longer one finds the same number."""
         slots = self.slots_for(layer, shape.lengths)
-        rounding = PROMPT_SLOTS if slots == max(shape.lengths) else 1
-        return -(-(slots + shape.room) // rounding) * rounding
+        if not shape.prompt_slots:
+            return -(-slots // PROMPT_SLOTS) * PROMPT_SLOTS if slots == max(shape.lengths) else slots
+        if slots > shape.prompt_slots:
+            need = f"a prompt of {max(shape.lengths)} tokens needs {slots} slots, max_context is {shape.prompt_slots}"
+            raise ValueError(f"{need}: raise --max-context, or shorten the prompt")
+        return shape.prompt_slots
 
     def slots_for(self, layer: int, lengths: list[int]) -> int:
         """Slots that prompts of these lengths fill: one for each token that a head may keep."""
@@ -353,7 +358,8 @@ class Cache(nn.Module):
             layer.pos.masked_fill_(layer.pos >= position, -1)
 
     def mark(self) -> Mark:
-        return Mark(self.position, tuple(self.used), self.kept.clone())
+        scores = [layer.score.clone() for layer in self.layers if layer.ranks_prompt]
+        return Mark(self.position, tuple(self.used), self.kept.clone(), scores)
 
     def rewind(self, mark: Mark) -> None:
         """Forget what came after the mark. A frozen prompt is then as it was, whatever was generated since; a pool
@@ -362,3 +368,7 @@ class Cache(nn.Module):
         self.used, self.position = list(mark.used), mark.position
         self.lengths.fill_(mark.position)
         self.kept.copy_(mark.kept)
+        for layer, score in zip([layer for layer in self.layers if layer.ranks_prompt], mark.scores, strict=True):
+            layer.score.copy_(score)
+        if not self.policy.strategy.frozen_prompt:
+            self.count()

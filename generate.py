@@ -55,7 +55,7 @@ class Options:
     seed: int = option(0, "of the sampling; a prompt samples the same alone and in a batch")
     ignore_eos: bool = option(False, "do not stop at a stop token")
     batch_size: int = option(8, "most prompts that run together")
-    max_context: int = option(0, "room for the prompt and, in a conversation, for all that follows it, in tokens; "
+    max_context: int = option(0, "slots per KV head for the prompt and, in a conversation, for all that follows it; "
                               "0: what the prompts need, in a conversation 4096 or what the model allows")  # fmt: skip
     device: str = option("auto", "cpu, cuda, cuda:1; auto: cuda if there is one")
     dtype: str = option("auto", "of weights and cache: float32, bfloat16, float16; auto: the checkpoint's")
@@ -150,11 +150,10 @@ def ignore(*seen) -> None:
 def check_run(config: ModelConfig, prompts: list[list[int]], options: Options) -> None:
     if not prompts:
         raise ValueError("there are no prompts: give at least one")
+    limit, what = limit_of(config)
+    require(options.max_context <= limit, "max_context", options.max_context, f"at most the model's {limit} {what}")
     for i, ids in enumerate(prompts):
         check_ids(config, f"prompt {i}", ids)
-        if 0 < options.max_context < len(ids):
-            more = f"prompt {i} has {len(ids)} tokens, max_context is {options.max_context}"
-            raise ValueError(f"{more}: raise --max-context or shorten the prompt")
         check_length(config, f"prompt {i} has {len(ids)} tokens", len(ids) + options.max_new_tokens, options)
 
 
@@ -181,8 +180,8 @@ def limit_of(config: ModelConfig) -> tuple[int, str]:
 
 def shape_of(prompts: list[list[int]], options: Options) -> Shape:
     """Of the one cache that all batches of a run share."""
-    lengths = sorted({len(ids) for ids in prompts} | ({options.max_context} - {0}))
-    return Shape(min(options.batch_size, len(prompts)), lengths, options.max_new_tokens)
+    lengths = sorted({len(ids) for ids in prompts})
+    return Shape(min(options.batch_size, len(prompts)), lengths, options.max_new_tokens, options.max_context)
 
 
 def run(engine: "Engine", tokenizer: "Tokenizer", prompts: list[list[int]], on_text, on_step) -> Iterator[Result]:
@@ -207,14 +206,15 @@ def run_batch(engine: "Engine", rows: list["Row"], on_text, on_step) -> None:
     """Prefill, then decode until every row has stopped or has its most tokens."""
     first = engine.prefill(rows)
     on_step(engine.cache)
-    decode_rows(engine, rows, first, on_text, on_step)
+    decode_rows(engine, rows, first, READ_EVERY[engine.device.type], on_text, on_step)
 
 
-def decode_rows(engine: "Engine", rows: list["Row"], first: Tensor, on_text, on_step) -> None:
-    """first: the token that prefill gave to each row."""
+def decode_rows(engine: "Engine", rows: list["Row"], first: Tensor, read_every: int, on_text, on_step) -> None:
+    """first: the token that prefill gave to each row; read_every: steps between two looks at what has stopped."""
+    engine.begin_decode()
     unread = [first]
     for t in range(1, engine.options.max_new_tokens):
-        if len(unread) == READ_EVERY[engine.device.type]:
+        if len(unread) == read_every:
             deliver(engine, rows, unread, on_text)
             unread.clear()
             if all(row.stopped for row in rows):
@@ -288,15 +288,15 @@ class Engine:
     def __init__(self, model: Llama, options: Options, stop_ids: list[int], shape: Shape):
         self.model, self.options, self.shape = model, options, shape
         self.device = model.embed.weight.device
-        self.cache = self.allocate(*options.rules(), self.device)
+        self.cache = self.allocate(*options.rules(), shape, self.device)
         self.sampler = Sampler(options, stop_ids).to(self.device)
         self.step = decode_step
         self.compile_s = self.compile() if options.compile else 0.0
 
-    def allocate(self, policy: Policy, prompt: Prompt, device) -> Cache:
+    def allocate(self, policy: Policy, prompt: Prompt, shape: Shape, device) -> Cache:
         try:
             with torch.device(device):
-                return Cache(self.model.config, policy, prompt, self.shape, self.model.embed.weight.dtype)
+                return Cache(self.model.config, policy, prompt, shape, self.model.embed.weight.dtype)
         except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
             raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
 
@@ -321,6 +321,7 @@ class Engine:
         self.cache.reset()
         self.begin_turn(indexes)
 
+    @torch.inference_mode()
     def begin_turn(self, indexes: list[int]) -> None:
         """The sampling noise of a row depends on the seed and its prompt's index alone."""
         self.noise = draw_noise(self.options, indexes).to(self.device)
@@ -360,9 +361,11 @@ class Engine:
         self.token, shown, self.stopped = self.sampler(self.model.logits(hidden), self.noise[0], self.stopped)
         self.wait()
         self.prefill_s = time.perf_counter() - began
+        return shown
+
+    def begin_decode(self) -> None:
         self.prompt_live = self.cache.live().amax().item()
         self.decode_began = time.perf_counter()
-        return shown
 
     @torch.inference_mode()
     def decode(self, t: int, graph: tuple[bool, int] | None = None) -> Tensor:
@@ -382,6 +385,7 @@ class Engine:
         """The figures of the batch that has just been decoded."""
         self.wait()
         decode_s = time.perf_counter() - self.decode_began
+        full = Shape(self.shape.batch, [*self.shape.lengths, self.shape.prompt_slots], self.shape.T)
         prompt_slots, decode_slots = (round(sum(n) / len(n)) for n in self.cache.slots)
         return Stats(
             **settings_in_stats(self.options),
@@ -390,7 +394,7 @@ class Engine:
             decode_slots=decode_slots,
             live_peak=self.prompt_live + self.cache.decode_peak(self.steps),
             kv_bytes=self.cache.nbytes,
-            kv_bytes_full=self.allocate(FULL, WHOLE, "meta").nbytes,
+            kv_bytes_full=self.allocate(FULL, WHOLE, full, "meta").nbytes,
             prefill_s=self.prefill_s,
             compile_s=self.compile_s,
             decode_s=decode_s,
@@ -440,12 +444,11 @@ class Conversation:
         self, model: Llama, tokenizer: "Tokenizer", context: str | list[int], policy: str = Options.policy, **settings
     ):
         options = Options(policy=policy, **settings)
-        room = options.max_context or min(4096, limit_of(model.config)[0])
-        self.tokenizer, self.options = tokenizer, replace(options, max_context=room)
+        slots = options.max_context or min(4096, limit_of(model.config)[0])
+        self.tokenizer, self.options = tokenizer, replace(options, max_context=slots)
         ids = tokenizer.encode(context) if isinstance(context, str) else context
         check_run(model.config, [ids], self.options)
-        shape = Shape(1, [len(ids)], options.max_new_tokens, room - len(ids))
-        self.engine = Engine(model, options, tokenizer.stop_ids, shape)
+        self.engine = Engine(model, self.options, tokenizer.stop_ids, shape_of([ids], self.options))
         self.turn, self.block = 0, ids  # what was read last
         self.unread: list[int] = []  # the last token of an answer, until the next turn
         self.moments: list[Moment] = []
@@ -458,10 +461,13 @@ class Conversation:
 
     def read(self, turn: str | list[int]) -> None:
         """What a user says next, or one more piece of it."""
-        ids = self.tokenizer.encode(turn, bos=False) if isinstance(turn, str) else turn
+        ids = self.tokenizer.encode_after(turn) if isinstance(turn, str) else turn
         check_ids(self.engine.model.config, f"turn {self.turn}", ids)
         ids = self.unread + ids
         self.check_room(len(ids))
+        end = self.end + len(ids)
+        total = end + self.options.max_new_tokens
+        check_length(self.engine.model.config, f"turn {self.turn} ends at token {end}", total, self.options)
         self.engine.cache.settle(self.engine.steps, self.end)
         self.block, self.unread = ids, []
         self.begin(self.engine.extend(self.turn, ids))
@@ -471,16 +477,16 @@ class Conversation:
         if n > room:
             have = f"{max(room, 0)} of max_context {self.options.max_context} are left"
             raise ValueError(f"turn {self.turn} needs {n} slots, {have}: raise --max-context or begin anew")
-        total = self.end + n + self.options.max_new_tokens
-        check_length(self.engine.model.config, f"turn {self.turn} ends at token {self.end + n}", total, self.options)
 
     def answer(self, on_text=ignore, on_step=ignore) -> Result:
         """Decode until a stop token or max_new_tokens; on_text and on_step as in `generate`."""
         if self.first is None:
             raise ValueError(f"turn {self.turn} has nothing to answer: read something first")
-        row = Row(self.turn, self.block, TextStream(self.tokenizer))
-        decode_rows(self.engine, [row], self.first[0], on_text, on_step)
-        self.turn, self.unread, self.first = self.turn + 1, row.tokens[-1:], None
+        row, (first, _) = Row(self.turn, self.block, TextStream(self.tokenizer)), self.first
+        self.first = None  # of an interrupted answer nothing stays
+        # A device that ran ahead of the stop token would evict what a later turn could still have used.
+        decode_rows(self.engine, [row], first, 1, on_text, on_step)
+        self.turn, self.unread = self.turn + 1, row.tokens[-1:]
         self.end += len(row.tokens) - 1
         return row.result(self.tokenizer, self.engine.stats([row]))
 
@@ -493,7 +499,8 @@ class Conversation:
         return self.moments[-1]
 
     def rewind(self, moment: Moment) -> None:
-        """Forget what came after: no prefill, no allocation, a few small operations per layer."""
+        """Forget what came after: no prefill, no buffer allocated, a few small operations per layer. An answer then
+        samples as it did the first time."""
         if moment not in self.moments:
             raise ValueError("this moment is forgotten: an earlier one was rewound to, or it is another conversation's")
         del self.moments[self.moments.index(moment) + 1 :]
@@ -501,14 +508,18 @@ class Conversation:
         self.turn, self.block, self.unread, self.first = moment.turn, moment.block, moment.unread, moment.first
         self.end = moment.cache.position
         self.engine.begin_turn([self.turn])
+        self.engine.prefill_s = 0.0
         if self.first:
             self.engine.token, self.engine.stopped = self.first
 
 
-def without_stop(ids: list[int], answer: Result) -> list[int]:
+def without_stop(tokenizer: "Tokenizer", ids: list[int], answer: Result) -> list[int]:
     """What a template puts after an answer, without the stop token that the model has written itself."""
     stop = answer.token_ids[-1]
-    return ids[ids.index(stop) + 1 :] if answer.finish_reason == "stop" and stop in ids[:2] else ids
+    if answer.finish_reason != "stop" or stop not in ids:
+        return ids
+    first = ids.index(stop)
+    return ids if tokenizer.decode(ids[:first]).strip() else ids[first + 1 :]
 
 
 # ---- sampling ---------------------------------------------------------------------------------------------
@@ -872,6 +883,12 @@ class Tokenizer:
             raise ValueError(f"the prompt {text[:40]!a} is no text: {one_line(error)}") from None
         return self.backend.encode(text, bos)
 
+    def encode_after(self, text: str) -> list[int]:
+        """The ids of a text that goes on where another one ends: no bos, and not the space that sentencepiece puts
+        before a first word. The line break that keeps it away is taken off again, unless it merges with the text."""
+        start, both = self.encode("\n", bos=False), self.encode("\n" + text, bos=False)
+        return both[len(start) :] if both[: len(start)] == start else self.encode(text, bos=False)
+
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids)
 
@@ -1173,7 +1190,7 @@ class Chat:
         before, self.text = self.text, self.tokenizer.render(self.messages)
         new = self.new_ids(before)
         if new is None:
-            ids = self.tokenizer.encode(self.text, bos=False)
+            ids, self.conversation = self.tokenizer.encode(self.text, bos=False), None  # frees its cache first
             self.conversation = Conversation(self.model, self.tokenizer, ids, **asdict(self.options))
         else:
             self.conversation.read(new)
@@ -1195,7 +1212,7 @@ class Chat:
         if not self.text.startswith(before) or start < 0 or rest[:start].strip():
             log.info("the chat template changes earlier turns: the conversation is read again")
             return None
-        return without_stop(self.tokenizer.encode(rest[start + len(answer) :], bos=False), self.last)
+        return without_stop(self.tokenizer, self.tokenizer.encode_after(rest[start + len(answer) :]), self.last)
 
 
 class Printer:

@@ -23,12 +23,25 @@ from random import Random
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "mini"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
 from problems import RESULT, make_problem
 
 from benchmarks import common
 from benchmarks.common import Job, Panel, Progress, Sizes, require
-from generate import Conversation, Moment, Parser, Result, Tokenizer, limit_of, load, note, one_line, without_stop
-from scope import WHOLE
+from cache import Cache, Shape
+from generate import (
+    Conversation,
+    Moment,
+    Options,
+    Parser,
+    Result,
+    Tokenizer,
+    limit_of,
+    load,
+    note,
+    one_line,
+    without_stop,
+)
 
 METHODS = ["full", "slide", "discontinuous", "h2o", "h2o:score=current", "streaming"]
 METHODS += ["full:compress=h2o", "full:compress=snapkv", "full:compress=streaming"]
@@ -317,6 +330,8 @@ def data_example(name: str, row: dict) -> Example:
 def check_turn(task: Task, name: str, turn) -> None:
     if not isinstance(turn, dict) or not isinstance(turn.get("input"), str):
         raise ValueError(f"{name} has no text in `input`")
+    if not isinstance(turn.get("options"), list | None):
+        raise ValueError(f"{name} has no list in `options`")
     answers = answers_of(turn)
     if not answers or not all(answers):
         raise ValueError(f"{name} has neither a text nor a number in `answer`")
@@ -397,7 +412,7 @@ def make_dialogue(arguments: argparse.Namespace, tokenizer: Tokenizer, example: 
         later = i > 0 and arguments.mode == "multi-turn"
         answered = example.references[i - 1] if later and not arguments.own_answers else ""
         before = frame.next if later else frame.ask
-        reads.append(tokenizer.encode(f"{answered}{before}{query}{frame.end}", bos=False))
+        reads.append(tokenizer.encode_after(f"{answered}{before}{query}{frame.end}"))
     return Dialogue(arguments.mode, arguments.own_answers, context, reads)
 
 
@@ -473,10 +488,10 @@ def source_of(arguments: argparse.Namespace) -> str:
 
 def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job: Job, bar: Progress) -> Iterator:
     """(index, prediction) of each missing dialogue."""
-    before, name = bar.done, job.labels["method"]
+    before, name, slots = bar.done, job.labels["method"], max_context(model, dialogues, job)
     for number, i in enumerate(missing):
         context, reads = dialogues[i].context, dialogues[i].reads
-        settings = {"max_context": max_context(dialogues, i, job)} | job.settings
+        settings = {"max_context": slots} | job.settings
         conversation = Conversation(model, tokenizer, context, **settings)
         prefill_s, turns = conversation.engine.prefill_s, []
         for turn in converse(conversation, dialogues[i]):
@@ -486,12 +501,14 @@ def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job
         yield i, prediction_of(prefill_s, turns) | {"restart": restart}
 
 
-def max_context(dialogues: list[Dialogue], i: int, job: Job) -> int:
-    """As many slots for dialogue i as for all others, so that the graphs that were compiled for one serve them all."""
-    whole = job.settings["compress"] == WHOLE.compress  # what is compressed has one length already
-    longest = max(len(dialogue.context) for dialogue in dialogues)
-    room = max(dialogue.room(job.settings["max_new_tokens"]) for dialogue in dialogues)
-    return room + (longest if whole else len(dialogues[i].context))
+def max_context(model, dialogues: list[Dialogue], job: Job) -> int:
+    """Slots for the largest of the dialogues: the graphs that were compiled for one serve them all."""
+    options = Options(**job.settings)
+    with torch.device("meta"):  # sizes only
+        lengths = [len(dialogue.context) for dialogue in dialogues]
+        cache = Cache(model.config, *options.rules(), Shape(1, lengths, options.max_new_tokens), torch.float32)
+    room = max(dialogue.room(options.max_new_tokens) for dialogue in dialogues)
+    return min(max(cache.slots[0]) + room, limit_of(model.config)[0])
 
 
 @dataclass(frozen=True)
@@ -508,7 +525,7 @@ def converse(conversation: Conversation, dialogue: Dialogue) -> Iterator[Turn]:
     shared, turn = conversation.mark(), None
     for ids in dialogue.reads:
         if dialogue.own_answers and turn:
-            ids = without_stop(ids, turn.result)
+            ids = without_stop(conversation.tokenizer, ids, turn.result)
         turn = ask(conversation, back_to(dialogue, shared, turn), ids)
         yield turn
 

@@ -110,6 +110,8 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     prefill.check(arguments)
     if arguments.eviction and (arguments.plot or arguments.prefill):
         raise ValueError("--eviction makes one table: it goes neither with --plot nor with --prefill")
+    if arguments.eviction and len(arguments.policies) == 1:
+        raise ValueError("--eviction compares policies with full: name another one with --policies")
     common.check_writable(json=arguments.json, plot=arguments.plot)
     common.check_plot(arguments.plot)
 
@@ -326,7 +328,7 @@ def eviction_report(arguments: argparse.Namespace, device: torch.device, about: 
         title = f"{workload}, batch {batch}"
         own = runner(model, rows, method.text, options, title)
         slots = max(own.engine.cache.slots[1])
-        full = runner(model, rows, FULL.name, replace(options, policy=FULL.name, max_new_tokens=slots), title)
+        full = runner(model, rows, FULL.name, replace(options, policy=FULL.name, max_new_tokens=max(slots, 2)), title)
         labels = {"shape": arguments.shape, "workload": str(workload), "batch": batch, "policy": method.text}
         lines.append(labels | {"slots": slots} | beside(full, own))
         machine.release(device)

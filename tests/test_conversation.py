@@ -1,5 +1,6 @@
 """Turns and requests over one context: the cache against the oracle, and what a conversation may not change."""
 
+import time
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
 
 from cache import Cache, Shape
-from generate import Conversation, generate
+from generate import READ_EVERY, Conversation, generate
 from model import ModelConfig
 from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, Prompt
 
@@ -51,8 +52,8 @@ class Talk:
         self.policy, self.prompt, self.T, self.turns, self.index, self.seed = policy, prompt, T, turns, layer, seed
         self.generator = torch.Generator().manual_seed(seed)
         config = ModelConfig(9, 8, 8, N_LAYERS, HEADS * GROUP, HEADS, HEAD_DIM)
-        room = sum(turn.reads + turn.steps for turn in turns)
-        self.cache = Cache(config, policy, prompt, Shape(1, [turns[0].reads], T, room), torch.float32)
+        room = sum(turn.reads + turn.steps for turn in turns[1:]) + turns[0].steps
+        self.cache = Cache(config, policy, prompt, Shape(1, [turns[0].reads], T, turns[0].reads + room), torch.float32)
         self.layer = self.cache.layers[layer]
         self.brought = []  # K and V of every position, in order
 
@@ -167,8 +168,9 @@ def state(cache):
     held = [layer.pos.clone() for layer in cache.layers]
     live = [pos[..., None] >= 0 for pos in held]
     pairs = [(layer.k * alive, layer.v * alive) for layer, alive in zip(cache.layers, live, strict=True)]
-    position, used, kept = cache.mark()
-    return [*held, *(x for pair in pairs for x in pair), cache.lengths.clone(), kept], (position, used)
+    position, used, kept, _ = cache.mark()
+    scores = [layer.score * (layer.pos >= 0) for layer in cache.layers if layer.ranks_prompt]
+    return [*held, *(x for pair in pairs for x in pair), *scores, cache.lengths.clone(), kept], (position, used)
 
 
 def assert_same_state(one, other):
@@ -192,6 +194,17 @@ def test_after_rewind_the_state_is_that_of_the_mark_bit_for_bit(talk, ended):
     assert_same_state(state(talk.cache), before)
 
 
+@given(talks())
+@settings(deadline=None)
+def test_where_nothing_was_evicted_every_policy_rewinds_bit_for_bit(talk):
+    talk.read(True, talk.turns[0].reads)
+    before, mark = state(talk.cache), talk.cache.mark()
+    for turn in talk.turns[1:]:
+        talk.read(False, turn.reads)
+        talk.cache.rewind(mark)
+        assert_same_state(state(talk.cache), before)
+
+
 @given(talks(policies=SHARED))
 @settings(deadline=None)
 def test_a_shared_pool_rewinds_to_what_is_left_of_the_mark(talk):
@@ -204,6 +217,7 @@ def test_a_shared_pool_rewinds_to_what_is_left_of_the_mark(talk):
     left = [set(talk.live(h)) & before[h] for h in range(HEADS)]
     talk.cache.rewind(mark)
     assert [set(talk.live(h)) for h in range(HEADS)] == left
+    assert talk.cache.kept[talk.index].tolist() == [sum(map(len, left)) // HEADS]
 
 
 @given(talks(), st.integers(0, 3))
@@ -276,6 +290,7 @@ def test_an_answer_after_rewind_is_the_same_answer(tiny, policy, changes):
         conversation.rewind(question)
         again = conversation.answer()
         assert replace(again, stats=None) == replace(answer, stats=None)
+        assert again.stats.live_peak == answer.stats.live_peak and again.stats.prefill_s == 0
 
 
 @every_policy
@@ -296,6 +311,49 @@ def test_two_conversations_in_one_process_do_not_touch_each_other(tiny, policy):
         found.append(request(one, ids))
         request(two, ids[::-1])
     assert found == wanted
+
+
+@every_policy
+def test_how_often_the_host_reads_changes_no_answer(tiny, monkeypatch, policy):
+    """On a GPU a batch runs steps beyond its stop tokens; a conversation would lose tokens to them."""
+    model, tokenizer = tiny
+    tokenizer.stop_ids, before = [request(converse(tiny, policy), TURNS[0])[9]], tokenizer.stop_ids
+    try:
+        found = []
+        for every in (1, 8):
+            monkeypatch.setitem(READ_EVERY, "cpu", every)
+            conversation = converse(tiny, policy, ignore_eos=False)
+            found.append([request(conversation, ids) for ids in TURNS])
+    finally:
+        tokenizer.stop_ids = before
+    assert found[0] == found[1] and len(found[0][0]) < 16
+
+
+@every_policy
+def test_an_interrupted_answer_leaves_nothing_behind(tiny, policy):
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(cache):
+        seen.append(cache)
+        if len(seen) == 3:
+            raise Interrupted
+
+    conversation, seen = converse(tiny, policy, heavy=30), []
+    conversation.read(TURNS[0])
+    question = conversation.mark()
+    with pytest.raises(Interrupted):
+        conversation.answer(on_step=interrupt)
+    with pytest.raises(ValueError, match="nothing to answer"):
+        conversation.answer()
+    conversation.rewind(question)
+    assert conversation.answer().token_ids == request(converse(tiny, policy, heavy=30), TURNS[0])
+
+
+def test_time_between_reading_and_answering_is_no_decode_time(tiny):
+    conversation = converse(tiny, "slide")
+    time.sleep(0.5)
+    assert conversation.answer().stats.decode_s < 0.5
 
 
 def test_small_budgets_change_the_second_answer(tiny):
@@ -324,10 +382,10 @@ def test_a_stop_token_is_read_once_with_the_next_turn(tiny):
 
 
 def test_running_out_of_room_is_said_before_anything_is_computed(tiny):
-    conversation = converse(tiny, "full", max_context=52)  # 64 slots: they come in multiples of 64
+    conversation = converse(tiny, "full", max_context=52)
     request(conversation, TURNS[0])
     before = state(conversation.engine.cache)
-    with pytest.raises(ValueError, match="turn 1 needs 41 slots, 34 of max_context 52 are left: raise --max-context"):
+    with pytest.raises(ValueError, match="turn 1 needs 41 slots, 22 of max_context 52 are left: raise --max-context"):
         conversation.read([1] * 40)  # and the last token of the answer
     assert_same_state(state(conversation.engine.cache), before)
     fresh = converse(tiny, "full")
@@ -358,12 +416,16 @@ def test_a_moment_after_the_one_that_was_rewound_to_is_forgotten(tiny):
 
 
 def test_a_context_beyond_max_context_is_refused(tiny):
-    with pytest.raises(ValueError, match="12 tokens, max_context is 11"):
+    with pytest.raises(ValueError, match="a prompt of 12 tokens needs 12 slots, max_context is 11"):
         converse(tiny, "slide", max_context=11)
+    with pytest.raises(ValueError, match="max_context is 513: it must be at most the model's 512 positions"):
+        converse(tiny, "slide", max_context=513)
+    compressed = converse(tiny, "slide", max_context=11, **SNAPKV)
+    assert request(compressed, TURNS[1]) == request(converse(tiny, "slide", **SNAPKV), TURNS[1])
 
 
 def test_a_conversation_ends_where_the_models_positions_do(tiny):
-    conversation = converse(tiny, "slide", max_context=500)
+    conversation = converse(tiny, "slide", max_context=512)
     request(conversation, [1] * 400)
     with pytest.raises(ValueError, match="512 positions"):
         conversation.read([1] * 80)
@@ -394,11 +456,13 @@ def test_a_turn_reports_what_it_read_and_what_it_cost(tiny):
 
 @pytest.mark.slow
 def test_no_turn_and_no_rewind_recompiles(shallow):
-    eager = converse(shallow, "discontinuous")
+    eager = converse(shallow, "discontinuous", **HOT)
     wanted = [request(eager, ids) for ids in TURNS]
-    conversation = converse(shallow, "discontinuous", compile=True)
+    conversation = converse(shallow, "discontinuous", compile=True, **HOT)
     context = conversation.mark()
     with torch.compiler.set_stance("fail_on_recompile"):
         assert [request(conversation, ids) for ids in TURNS] == wanted
         conversation.rewind(context)
         assert request(conversation, TURNS[0]) == wanted[0]
+        conversation.rewind(context)
+        assert conversation.answer().token_ids == converse(shallow, "discontinuous", **HOT).answer().token_ids

@@ -166,6 +166,7 @@ BAD = [
     ("scbench_kv", {"context": "x", "multi_turns": [TURN | {"answer": {}}]}, "turn 1 has neither a text nor a number"),
     ("scbench_mf", {"context": "x", "multi_turns": [TURN]}, "turn 1 has 'x' for an answer: a number is expected"),
     ("scbench_choice_eng", {"context": "x", "multi_turns": [TURN]}, "turn 1 is no choice of four `options`"),
+    ("scbench_kv", {"context": "x", "multi_turns": [TURN | {"options": 5}]}, "turn 1 has no list in `options`"),
 ]
 
 
@@ -276,9 +277,9 @@ def test_a_stop_token_is_not_read_twice(mini):
     turn = next(converse(Conversation(*mini, dialogue_of(mini).context, **SETTINGS), dialogue_of(mini)))
     stop = turn.result.token_ids[-1]
     assert turn.result.finish_reason == "stop" and stop in mini[1].stop_ids
-    assert scbench.without_stop([stop, 5, 6], turn.result) == [5, 6]
-    assert scbench.without_stop([5, 6], turn.result) == [5, 6]
-    assert scbench.without_stop([stop, 5], replace(turn.result, finish_reason="length")) == [stop, 5]
+    assert scbench.without_stop(mini[1], [stop, 5, 6], turn.result) == [5, 6]
+    assert scbench.without_stop(mini[1], [5, 6, stop], turn.result) == [5, 6, stop]
+    assert scbench.without_stop(mini[1], [stop, 5], replace(turn.result, finish_reason="length")) == [stop, 5]
 
 
 def test_room_is_what_follows_the_context_at_most():

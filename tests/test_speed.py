@@ -83,6 +83,9 @@ def test_eviction_is_timed_against_a_full_cache_of_as_many_slots(tmp_path, capsy
     assert table[0].split()[:4] == ["policy", "workload", "batch", "slots"]
     assert main(quick("--eviction", "--plot", str(tmp_path / "x.png"))) == 2
     assert "--eviction makes one table" in capsys.readouterr().err
+    assert main(quick("--eviction", "--policies", "full")) == 2
+    assert "--eviction compares policies with full" in capsys.readouterr().err
+    assert main(quick("--eviction", "--batch-sizes", "1", "--policies", "slide", "--heavy", "0", "--recent", "0")) == 0
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import TOKENIZERS, make_checkpoint, write_json
-from generate import TextStream, load, main
+from generate import Result, TextStream, load, main, without_stop
 
 
 @pytest.fixture(scope="session")
@@ -50,6 +50,23 @@ def test_a_sentencepiece_checkpoint_may_ask_for_no_bos(folders, tmp_path):
     with_bos = load(str(folder))[1].encode("the cat")
     write_json(folder / "tokenizer_config.json", {"add_bos_token": False})
     assert load(str(folder))[1].encode("the cat") == with_bos[1:]
+
+
+@every_kind
+@given(before=texts, text=texts)
+def test_a_text_that_follows_another_one_brings_no_space_of_its_own(tokenizers, kind, before, text):
+    ids = tokenizers[kind].encode(before) + tokenizers[kind].encode_after(text)
+    assert tokenizers[kind].decode(ids) == before + text
+
+
+@pytest.mark.parametrize("kind, token, stop", [("sentencepiece", "</s>", 2), ("tokenizers", "<|end|>", 1)])
+def test_the_stop_token_that_a_template_repeats_is_read_once_whatever_space_is_before_it(tokenizers, kind, token, stop):
+    tokenizer, answer = tokenizers[kind], Result(0, 1, [9, stop], "cat", "stop", stats=None)
+    for space in ("", " ", "\n  \n"):
+        ids = tokenizer.encode_after(f"{space}{token}the")
+        assert without_stop(tokenizer, ids, answer) == ids[ids.index(stop) + 1 :] != []
+    for ids in (tokenizer.encode_after("the"), tokenizer.encode_after(f"the{token}")):
+        assert without_stop(tokenizer, ids, answer) == ids
 
 
 SPECIAL = {"sentencepiece": ("</s>", 2), "tokenizers": ("<|user|>", 2), "converted": ("</s>", 2)}
