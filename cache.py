@@ -172,30 +172,36 @@ class LayerCache(nn.Module):
         return torch.where(reuse >= 0, victim, fresh)
 
     def attend(self, now: Now, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Over the slots in use, a prefix; the probabilities [B, H, n_slots] of the rest are 0."""
+        """Over the slots in use, a prefix; their probabilities are [B, H, prompt_slots + reads]."""
         n = self.prompt_slots + now.reads
-        y, prob = kernels.attend_slots(q, self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] >= 0)
-        return y, pad(prob, (0, self.pos.shape[2] - prob.shape[2]))
+        return kernels.attend_slots(q, self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] >= 0)
+
+    def pooled(self, now: Now) -> Tensor:
+        """[B, H, n] positions in the slots that evict together and are in use."""
+        return self.pos[:, :, self.pool : self.prompt_slots + now.reads]
 
     def age(self, now: Now) -> Tensor:
         """[B, H, n] steps that have seen each token that may be evicted; 1 for the newest."""
-        return now.position.int()[:, None, None] - self.pos[:, :, self.pool :] + 1
+        return now.position.int()[:, None, None] - self.pooled(now) + 1
 
     def update_score(self, now: Now, prob: Tensor) -> None:
         age = self.age(now)
-        inherited = torch.where(age == 1, 0.0, self.score)  # a new token starts from nothing, not from its victim
-        self.score.copy_(self.policy.ranking.update(inherited, prob[:, :, self.pool :], age))
+        score = self.score[:, :, : age.shape[2]]
+        inherited = torch.where(age == 1, 0.0, score)  # a new token starts from nothing, not from its victim
+        score.copy_(self.policy.ranking.update(inherited, prob[:, :, self.pool :], age))
 
     def evict(self, now: Now) -> None:
         """The lowest-scored of the tokens older than the window die, as many as the plan says. No K or V moves."""
-        pos = self.pos[:, :, self.pool :]
+        pos = self.pooled(now)
         window = self.policy.strategy.window(self.policy, now.kept[self.layer][:, None, None])
         evictable = (pos >= 0) & (self.age(now) > window)
-        victims = kernels.lowest(self.score, pos, evictable, self.max_evict) + self.pool
+        most = min(self.max_evict, pos.shape[2])  # a later selection may take more than there are now
+        victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.pool
         count = now.plan[self.layer, 2]
-        dies = torch.arange(self.max_evict, device=pos.device) < count
+        dies = torch.arange(most, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
-        self.victims.copy_(torch.where(count > 0, victims, self.victims))  # 0: only another layer selects now
+        old = self.victims[:, :, :most]
+        old.copy_(torch.where(count > 0, victims, old))  # 0: only another layer selects now
 
 
 def pick(x: Tensor, pos: Tensor) -> Tensor:

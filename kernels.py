@@ -84,9 +84,8 @@ def fuses(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-FEW_ROWS = (
-    4  # up to here the compiler fuses the rows' sums, so that each weight is read once; beyond, arithmetic is short
-)
+# Up to here the compiler fuses the rows' sums, so that each weight is read once; beyond, arithmetic is short.
+FEW_ROWS = 4
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,11 +109,22 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> tuple[Tensor,
         logits = (grouped[:, :, :, None].float() * k[:, :, None].float()).sum(-1)
     else:
         logits = (grouped @ k.transpose(-1, -2)).float()
-    prob = (
-        (logits * k.shape[-1] ** -0.5).masked_fill(~live[:, :, None], float("-inf")).softmax(-1)
-    )  # [B, H, G, n_slots]
-    y = (prob[..., None] * v[:, :, None].float()).sum(3).to(v.dtype) if fuses(q) else prob.to(v.dtype) @ v
+    logits = (logits * k.shape[-1] ** -0.5).masked_fill(~live[:, :, None], float("-inf"))
+    prob = logits.softmax(-1)  # [B, H, G, n_slots]
+    y = weighted_sum(prob, v) if fuses(q) else prob.to(v.dtype) @ v
     return y.flatten(1, 2).unsqueeze(2), prob.mean(2)
+
+
+VECTOR = 32  # channels of V that a CPU adds up at once
+
+
+def weighted_sum(prob: Tensor, v: Tensor) -> Tensor:
+    """prob [B, H, G, n_slots], v [B, H, n_slots, head_dim] -> [B, H, G, head_dim], as sums that compile into one pass.
+
+    One sum over all channels is compiled to a sweep of V for each vector of them where V is a prefix of the slots.
+    """
+    sums = [(prob[..., None] * part[:, :, None].float()).sum(3) for part in v.split(VECTOR, -1)]
+    return torch.cat(sums, -1).to(v.dtype)
 
 
 def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
