@@ -272,12 +272,8 @@ class Cache(nn.Module):
         prompt = [layer.prompt_slots for layer in self.layers]
         return prompt, [layer.pos.shape[2] - n for layer, n in zip(self.layers, prompt, strict=True)]
 
-    def live(self) -> Tensor:
-        """[B] tokens held now per KV head, the mean of layers and heads."""
-        return self.held().mean(0)
-
     def held(self) -> Tensor:
-        """The same by layer, [n_layers, B]."""
+        """[n_layers, B] tokens held now per KV head, the mean of the heads."""
         return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers])
 
     def decode_peak(self, t: int) -> float:

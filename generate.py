@@ -364,7 +364,7 @@ class Engine:
         return shown
 
     def begin_decode(self) -> None:
-        self.prompt_live = self.cache.live().amax().item()
+        self.prompt_live = self.cache.kept.float().mean(0).amax().item()
         self.decode_began = time.perf_counter()
 
     @torch.inference_mode()
