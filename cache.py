@@ -23,8 +23,6 @@ from model import ModelConfig
 from scope import Policy, Prompt, for_layer, schedule
 
 PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer one finds its graphs compiled
-
-
 READ_BUCKET = 256  # slots by which the prefix that attention reads grows: each value compiles a graph of its own
 
 
