@@ -46,6 +46,29 @@ def test_attend_slots_equals_sdpa_over_the_live_slots():
     assert (prob[~live] == 0).all()
 
 
+def fused(kernel, *inputs):
+    """What the kernel computes inside a CPU graph: there it is written as sums that compile into one pass."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "fuses", lambda x: True)
+        return kernel(*inputs)
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 40), st.booleans())
+def test_a_linear_layer_in_a_graph_equals_the_library(rows, n_out, n_in, with_bias):
+    x, weight = torch.randn(rows, 1, n_in), torch.randn(n_out, n_in)
+    bias = torch.randn(n_out) if with_bias else None
+    torch.testing.assert_close(fused(kernels.linear, x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.sampled_from([1, 8, 48, 64, 80]))
+def test_attend_slots_in_a_graph_equals_itself_outside(batch, group, head_dim):
+    q, k, v = (torch.randn(batch, heads, n, head_dim) for heads, n in ((2 * group, 1), (2, 7), (2, 7)))
+    live = torch.rand(batch, 2, 7) > 0.4
+    live[:, :, 0] = True
+    inputs = q, k, v, live
+    torch.testing.assert_close(fused(kernels.attend_slots, *inputs), kernels.attend_slots(*inputs))
+
+
 def test_attend_block_equals_sdpa_over_the_live_slots_that_are_no_newer():
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
     pos = torch.stack([torch.randperm(11) for _ in range(6)]).view(2, 3, 11)
