@@ -1,14 +1,14 @@
-"""The static KV cache: every buffer allocated once, then filled, appended to and evicted from in place.
+"""The static KV cache: every buffer is allocated once, then filled, appended to and evicted from in place.
 
-    slot   0               prompt_slots                       n_slots
-           | the prompt's    | generated tokens, any order ... |
-    pos    | 0 1 4 5 7 .. -1 | 17  9 12 -1 16 ...              |    -1: dead, nothing attends to it
+    slot   0                 prompt_slots                   n_slots
+           | the prompt's    | generated tokens, any order  |
+    pos    | 0 1 4 5 7 .. -1 | 17  9 12 -1 16 ...           |    pos = -1: dead, nothing attends to it
 
-A token never moves. Eviction marks its slot dead, and a later token overwrites it: K and V are written
-once per token and never gathered. The order of slots means nothing, because RoPE is applied before caching.
+A token never moves. Eviction marks its slot dead, and a later token overwrites it: K and V are written once per token
+and never gathered. The order of slots means nothing, because RoPE is applied before caching.
 
-A conversation goes on in the same buffers. Before a later turn is read, what is left of the last answer is copied
-behind the prompt, once, and the decode slots are free again; `rewind` marks dead whatever came after a moment.
+A conversation goes on in the same buffers. Before a later turn is read, the cache copies what is left of the last
+answer behind the prompt, and the decode slots are free again. `rewind` marks dead whatever came after a snapshot.
 """
 
 from functools import partial
@@ -20,41 +20,44 @@ from torch.nn.functional import pad
 
 import kernels
 from model import ModelConfig
-from scope import Policy, Prompt, for_layer, schedule
+from scope import Policy, PromptPolicy, for_layer, schedule
 
-PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer one finds its graphs compiled
-READ_BUCKET = 256  # slots by which the prefix that attention reads grows: each value compiles a graph of its own
+PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer prompt finds its graphs compiled
+READ_BUCKET = 256  # the prefix that attention reads grows by this many slots: each length compiles graphs of its own
 
 
-class Shape(NamedTuple):
-    """What a cache must have room for."""
+class CacheSize(NamedTuple):
+    """The batch, the prompts and the output that a cache must have room for."""
 
     batch: int
-    lengths: list[int]  # of the prompts
+    lengths: list[int]  # tokens of the prompts
     T: int  # most tokens to generate; in a conversation, in each turn
     prompt_slots: int = 0  # per KV head of every layer, for the prompt and later turns; 0: what the prompts need
 
 
-class Mark(NamedTuple):
-    """A moment of a conversation: what came after it can be forgotten."""
+class CacheSnapshot(NamedTuple):
+    """A moment of a conversation that `Cache.rewind` goes back to."""
 
     position: int  # of the next token
-    used: tuple[int, ...]  # prompt slots of each layer
-    kept: Tensor  # as in Now
-    scores: list[Tensor]  # of each layer whose prompt is ranked: later tokens change them
+    used: tuple[int, ...]  # prompt slots in use, of each layer
+    kept: Tensor  # as in StepInput
+    scores: list[Tensor]  # of the layers whose prompt is evictable: later tokens change them
 
 
-class Now(NamedTuple):
-    """One decode step. All but `reads` are tensors, which no compiled graph freezes."""
+class StepInput(NamedTuple):
+    """What one decode step needs to know. The values are tensors, so the compiled graph does not specialise on them.
 
-    reads: int  # decode slots in use, rounded up: the only number that a graph is compiled for
-    position: Tensor  # [B] of the token being written
-    kept: Tensor  # [n_layers, B] tokens kept of the prompt, per KV head
-    plan: Tensor  # [n_layers, 3]: each layer's scope.Step
+    `reads` alone is an int: it is a shape, so each value of it compiles a graph.
+    """
+
+    reads: int  # decode slots that attention reads
+    position: Tensor  # [B] of the token that is written
+    kept: Tensor  # [n_layers, B] prompt tokens kept per KV head
+    plan: Tensor  # [n_layers, 3]: the scope.StepPlan of each layer
 
 
 class LayerCache(nn.Module):
-    """One layer's slots. `fill`, `append` and `select` are what the model calls attention."""
+    """The slots of one layer. `fill`, `join`, `append` and `select` are what the model calls attention."""
 
     def __init__(self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, dtype):
         super().__init__()
@@ -63,13 +66,14 @@ class LayerCache(nn.Module):
         self.prompt_slots = prompt_slots
         self.max_evict = max_evict
         self.policy = policy
-        self.pool = prompt_slots if policy.strategy.frozen_prompt else 0  # the first slot that may ever be evicted
-        self.scored = bool(max_evict) and policy.ranking.every_step
-        self.ranks_prompt = bool(max_evict) and self.pool == 0
+        self.first_evictable = prompt_slots if policy.strategy.frozen_prompt else 0  # slot
+        self.scores_every_step = bool(max_evict) and policy.ranking.every_step
+        self.prompt_is_evictable = bool(max_evict) and self.first_evictable == 0
+        n_scores = n_slots - self.first_evictable if max_evict else 0
         self.register_buffer("k", torch.zeros(shape, dtype=dtype))
         self.register_buffer("v", torch.zeros(shape, dtype=dtype))
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
-        self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_slots - self.pool if max_evict else 0))
+        self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_scores))
         self.register_buffer("victims", torch.zeros(batch, n_kv_heads, max_evict, dtype=torch.int64))
 
     def reset(self) -> None:
@@ -79,190 +83,212 @@ class LayerCache(nn.Module):
 
     # ---- prefill
 
-    def fill(self, lengths: Tensor, kept: Tensor | None, prompt: Prompt, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attention over the whole prompt; of its K and V [B, H, S, head_dim] only what is kept is ever stored.
+    def fill(self, lengths: Tensor, kept: Tensor | None, prompt: PromptPolicy, q, k: Tensor, v: Tensor) -> Tensor:
+        """Attend over the whole prompt, then store the part of K and V [B, H, S, head_dim] that stays.
 
-        lengths and kept [B]: tokens of each row's prompt, and how many of them stay; None: all.
+        lengths [B]: tokens of each row's prompt. kept [B]: how many of them stay; None: all.
         """
         y = kernels.causal_attention(q, k, v)
         slot = kernels.slot_numbers(k)
         pos = torch.where(slot < lengths[:, None, None], slot, -1)
         score = self.prompt_score(q, k, lengths)
         if kept is not None:
-            pos = self.choose(lengths, kept, prompt, q, k)
+            pos = self.choose_prompt(lengths, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
         n = pos.shape[2]
-        self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] = k, v, pos
-        if self.ranks_prompt:
+        self.k[:, :, :n] = k
+        self.v[:, :, :n] = v
+        self.pos[:, :, :n] = pos
+        if self.prompt_is_evictable:
             self.score[:, :, :n] = score
         return y
 
     def prompt_score(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
-        """[B, H, S]: what the prompt's own queries make of each token, where prompt and output share one pool."""
-        if self.pool or not self.scored:
+        """[B, H, S]: the decode score of each prompt token, from the prompt's own queries; 0 where none is needed."""
+        if not (self.prompt_is_evictable and self.scores_every_step):
             return torch.zeros(k.shape[:3], device=k.device)
         received = kernels.received_attention(q, k, lengths)
-        seen_by = lengths[:, None, None] - kernels.slot_numbers(k)  # queries
-        return self.policy.ranking.update(torch.zeros_like(received), received, seen_by)
+        age = lengths[:, None, None] - kernels.slot_numbers(k)
+        return self.policy.ranking.update(torch.zeros_like(received), received, age)
 
-    def choose(self, lengths: Tensor, kept: Tensor, prompt: Prompt, q: Tensor, k: Tensor) -> Tensor:
-        """The prompt positions that stay, [B, H, prompt_slots] int32, -1 = none."""
+    def choose_prompt(self, lengths: Tensor, kept: Tensor, prompt: PromptPolicy, q: Tensor, k: Tensor) -> Tensor:
+        """The prompt positions that stay, [B, H, prompt_slots] int32; -1: the slot stays empty."""
         score = prompt.compressor.score(q, k, lengths, prompt.obs_window)
-        newest = kernels.slot_numbers(k) >= lengths[:, None, None] - prompt.obs_window
+        in_window = kernels.slot_numbers(k) >= lengths[:, None, None] - prompt.obs_window
         others = (kept - prompt.obs_window).clamp(min=0)
         floor = kept - others + (others * prompt.compressor.head_floor).long()
-        return kernels.highest(score.masked_fill(newest, torch.inf), lengths, kept, floor, self.prompt_slots)
+        return kernels.highest(score.masked_fill(in_window, torch.inf), lengths, kept, floor, self.prompt_slots)
 
     # ---- later turns of a conversation
 
-    def settle(self, first: int, count: int) -> None:
-        """The first `count` decode slots, dead ones and all, become prompt slots from `first` on: a copy per turn."""
-        old, new = slice(self.prompt_slots, self.prompt_slots + count), slice(first, first + count)
-        for buffer in (self.k, self.v, self.pos, *[self.score] * self.ranks_prompt):
+    def settle(self, start: int, count: int) -> None:
+        """Copy the `count` decode slots in use, dead ones too, to slot `start` on, then free them: one copy a turn."""
+        old, new = slice(self.prompt_slots, self.prompt_slots + count), slice(start, start + count)
+        for buffer in (self.k, self.v, self.pos):
             buffer[:, :, new] = buffer[:, :, old]
+        if self.prompt_is_evictable:
+            self.score[:, :, new] = self.score[:, :, old]
         self.pos[:, :, self.prompt_slots :] = -1
 
-    def join(self, first: int, asking: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A turn's block takes the prompt slots from `first` on; its tokens, at positions asking [B, n], attend to
-        whatever lives and is no newer than they are."""
-        end = first + k.shape[2]
-        self.k[:, :, first:end], self.v[:, :, first:end] = k, v
-        self.pos[:, :, first:end] = asking[:, None]
+    def join(self, start: int, query_positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write a turn's tokens, at positions query_positions [B, n], to prompt slots from `start` on, and attend."""
+        end = start + k.shape[2]
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
+        self.pos[:, :, start:end] = query_positions[:, None]
         pos = self.pos[:, :, :end]
-        y, received = kernels.attend_block(q, self.k[:, :, :end], self.v[:, :, :end], pos, asking)
-        if self.ranks_prompt and self.scored:
-            self.score[:, :, first:end] = 0.0
-            seen_by = asking[:, None, -1:] + 1 - pos
-            self.score[:, :, :end] = self.policy.ranking.update(self.score[:, :, :end], received, seen_by)
+        y, received = kernels.attend_block(q, self.k[:, :, :end], self.v[:, :, :end], pos, query_positions)
+        if self.prompt_is_evictable and self.scores_every_step:
+            self.score[:, :, start:end] = 0.0
+            age = query_positions[:, None, -1:] + 1 - pos
+            self.score[:, :, :end] = self.policy.ranking.update(self.score[:, :, :end], received, age)
         return y
 
     # ---- decode
 
-    def append(self, now: Now, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write one token, attend to everything live, itself included."""
-        self.write(now, k, v)
+    def append(self, now: StepInput, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Write one token, then attend to all live tokens, itself included."""
+        self.write_token(now, k, v)
         y, prob = self.attend(now, q)
-        if self.scored:
+        if self.scores_every_step:
             self.update_score(now, prob)
         return y
 
-    def select(self, now: Now, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """As `append`; then the lowest-scored tokens die, by the score that includes this step."""
-        self.write(now, k, v)
+    def select(self, now: StepInput, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """As `append`; then the tokens with the lowest scores die. The scores include this step's attention."""
+        self.write_token(now, k, v)
         y, prob = self.attend(now, q)
         if self.max_evict:
             self.update_score(now, prob)
             self.evict(now)
         return y
 
-    def write(self, now: Now, k: Tensor, v: Tensor) -> None:
+    def write_token(self, now: StepInput, k: Tensor, v: Tensor) -> None:
         slot = self.next_slot(*now.plan[self.layer, :2])
         kernels.write_slots(self.k, slot, k)
         kernels.write_slots(self.v, slot, v)
         kernels.write_slots(self.pos, slot, now.position.int()[:, None, None].expand_as(slot))
 
     def next_slot(self, reuse: Tensor, fresh: Tensor) -> Tensor:
-        """[B, H, 1]: each head's own victim of the last selection, or the fresh slot they all have in common."""
+        """[B, H, 1]: each head's own victim of the last selection, or one fresh slot for all heads."""
         fresh = (fresh + self.prompt_slots).expand(*self.pos.shape[:2], 1)
         if not self.max_evict:
             return fresh
         victim = self.victims.index_select(-1, reuse.clamp(min=0).view(1))
         return torch.where(reuse >= 0, victim, fresh)
 
-    def attend(self, now: Now, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Over the slots in use, a prefix; their probabilities are [B, H, prompt_slots + reads]."""
+    def attend(self, now: StepInput, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Attention over the slots in use, and the probabilities that it gives them, [B, H, prompt_slots + reads]."""
         n = self.prompt_slots + now.reads
         return kernels.attend_slots(q, self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] >= 0)
 
-    def pooled(self, now: Now) -> Tensor:
-        """[B, H, n] positions in the slots that evict together and are in use."""
-        return self.pos[:, :, self.pool : self.prompt_slots + now.reads]
+    def evictable_pos(self, now: StepInput) -> Tensor:
+        """[B, H, n]: the positions in the slots that compete for staying."""
+        return self.pos[:, :, self.first_evictable : self.prompt_slots + now.reads]
 
-    def age(self, now: Now) -> Tensor:
-        """[B, H, n] steps that have seen each token that may be evicted; 1 for the newest."""
-        return now.position.int()[:, None, None] - self.pooled(now) + 1
+    def age(self, now: StepInput) -> Tensor:
+        """[B, H, n]: how many queries have seen each of these tokens; 1 for the token of this step."""
+        return now.position.int()[:, None, None] - self.evictable_pos(now) + 1
 
-    def update_score(self, now: Now, prob: Tensor) -> None:
+    def update_score(self, now: StepInput, prob: Tensor) -> None:
         age = self.age(now)
         score = self.score[:, :, : age.shape[2]]
-        inherited = torch.where(age == 1, 0.0, score)  # a new token starts from nothing, not from its victim
-        score.copy_(self.policy.ranking.update(inherited, prob[:, :, self.pool :], age))
+        inherited = torch.where(age == 1, 0.0, score)  # a new token starts from 0, not from its victim's score
+        score.copy_(self.policy.ranking.update(inherited, prob[:, :, self.first_evictable :], age))
 
-    def evict(self, now: Now) -> None:
-        """The lowest-scored of the tokens older than the window die, as many as the plan says. No K or V moves."""
-        pos = self.pooled(now)
+    def evict(self, now: StepInput) -> None:
+        """Mark dead as many tokens as the plan says: the lowest-scored ones that are older than the window.
+
+        Two cases share this code, because layers may select at different steps. Plan says 3: the 3 slots go dead, and
+        `victims` lists them for the next 3 tokens. Plan says 0: nothing dies, and `victims` stays as it was.
+        """
+        pos = self.evictable_pos(now)
         window = self.policy.strategy.window(self.policy, now.kept[self.layer][:, None, None])
         evictable = (pos >= 0) & (self.age(now) > window)
-        most = min(self.max_evict, pos.shape[2])  # a later selection may take more than there are now
-        victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.pool
+        most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
+        victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.first_evictable
         count = now.plan[self.layer, 2]
         dies = torch.arange(most, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
-        old = self.victims[:, :, :most]
-        old.copy_(torch.where(count > 0, victims, old))  # 0: only another layer selects now
+        listed = self.victims[:, :, :most]
+        listed.copy_(torch.where(count > 0, victims, listed))
 
 
 def pick(x: Tensor, pos: Tensor) -> Tensor:
-    """x [B, H, S, d], pos [B, H, n] -> [B, H, n, d]; where pos is -1, anything."""
+    """x [B, H, S, d] at the positions pos [B, H, n] -> [B, H, n, d]. Where pos is -1, the values mean nothing."""
     return x.gather(2, pos.clamp(min=0).long()[..., None].expand(-1, -1, -1, x.shape[3]))
 
 
+def round_up(n: int, multiple: int) -> int:
+    """The least multiple that is at least n: round_up(65, 64) is 128."""
+    return (n + multiple - 1) // multiple * multiple
+
+
 class Cache(nn.Module):
-    """All layers of one batch, for one policy and one length. The only state there is between two steps."""
+    """All layers, for one batch size, one policy and one output length. It holds everything that eviction knows."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, prompt: Prompt, shape: Shape, dtype):
+    def __init__(self, config: ModelConfig, policy: Policy, prompt: PromptPolicy, size: CacheSize, dtype):
         super().__init__()
-        self.config, self.policy, self.prompt = config, policy, prompt
+        self.config = config
+        self.policy = policy
+        self.prompt = prompt
         policies = [for_layer(policy, layer, config.n_layers) for layer in range(config.n_layers)]
-        plans = [schedule(each, shape.T) for each in policies]
+        schedules = [schedule(each, size.T) for each in policies]
         self.layers = nn.ModuleList()
-        for layer, (each, plan) in enumerate(zip(policies, plans, strict=True)):
-            prompt_slots = self.allocated_for(layer, shape)
-            size = (shape.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
-            self.layers.append(LayerCache(layer, size, prompt_slots, plan.max_evict, each, dtype))
-        steps = list(zip(*(plan.steps for plan in plans), strict=True))  # [T][n_layers]
-        self.graph_at = self.graphs(steps, max(plan.n_slots for plan in plans))
+        for layer, (each, plan) in enumerate(zip(policies, schedules, strict=True)):
+            prompt_slots = self.allocated_for(layer, size)
+            shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
+            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, dtype))
+        steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
+        self.graph_keys = self.find_graph_keys(steps, max(plan.n_slots for plan in schedules))
         self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
-        self.register_buffer("lengths", torch.zeros(shape.batch, dtype=torch.int64))
-        self.register_buffer("kept", torch.zeros(config.n_layers, shape.batch, dtype=torch.int64))
-        self.used = [0] * config.n_layers  # prompt slots of each layer that a conversation has filled
-        self.position = 0  # of its next token
+        self.register_buffer("lengths", torch.zeros(size.batch, dtype=torch.int64))  # tokens before the output
+        self.register_buffer("kept", torch.zeros(config.n_layers, size.batch, dtype=torch.int64))
+        self.used = [0] * config.n_layers  # prompt slots in use, of each layer
+        self.position = 0  # of the next token that a conversation reads
 
-    def allocated_for(self, layer: int, shape: Shape) -> int:
-        """Prompt slots of a layer. Where whole prompts stay, a slightly longer one finds the same number."""
-        slots = self.slots_for(layer, shape.lengths)
-        if not shape.prompt_slots:
-            return -(-slots // PROMPT_SLOTS) * PROMPT_SLOTS if slots == max(shape.lengths) else slots
-        if slots > shape.prompt_slots:
-            need = f"a prompt of {max(shape.lengths)} tokens needs {slots} slots, max_context is {shape.prompt_slots}"
+    # ---- sizes
+
+    def allocated_for(self, layer: int, size: CacheSize) -> int:
+        """Prompt slots of a layer. Raises ValueError where `size.prompt_slots` are too few for the prompts."""
+        slots = self.slots_for(layer, size.lengths)
+        if not size.prompt_slots:
+            return round_up(slots, PROMPT_SLOTS) if slots == max(size.lengths) else slots
+        if slots > size.prompt_slots:
+            need = f"a prompt of {max(size.lengths)} tokens needs {slots} slots, max_context is {size.prompt_slots}"
             raise ValueError(f"{need}: raise --max-context, or shorten the prompt")
-        return shape.prompt_slots
+        return size.prompt_slots
 
     def slots_for(self, layer: int, lengths: list[int]) -> int:
-        """Slots that prompts of these lengths fill: one for each token that a head may keep."""
+        """Slots that prompts of these lengths need: one for each token that a single head may keep.
+
+        Where heads compete, one head may win more than its budget. 2 heads keep 100 tokens each, 32 of them in the
+        window, and adakv's floor is 0.2: of the other 68, a head is sure of 13 and may lose 55 to the other head. So
+        each head needs 100 + 55 slots.
+        """
         most = max(self.kept_of(layer, length) for length in lengths)
         others = most - min(self.prompt.obs_window, most)
-        shared = others - int(others * self.prompt.compressor.head_floor)  # what each head may lose to another
-        return min(max(lengths), most + shared * (self.config.n_kv_heads - 1))
+        may_lose = others - int(others * self.prompt.compressor.head_floor)
+        return min(max(lengths), most + may_lose * (self.config.n_kv_heads - 1))
 
     def kept_of(self, layer: int, length: int) -> int:
-        """Tokens that stay of a prompt per KV head of this layer; the mean of its heads where they differ."""
+        """Tokens per KV head that stay of a prompt of this length; the mean of the heads where they compete."""
         if self.prompt.compressor.score is None:
             return length
         spread = self.prompt.compressor.spread or self.policy.strategy.spread
         return spread(self.prompt.budget, layer, self.config.n_layers, length)
 
-    def graphs(self, steps: list, n_slots: int) -> list[tuple[bool, int]]:
-        """For each step, what picks its compiled graph: whether it selects, and how many decode slots it reads.
+    def find_graph_keys(self, steps: list, n_slots: int) -> list[tuple[bool, int]]:
+        """For each step, what names its compiled graph: whether it selects, and how many decode slots it reads.
 
         The full cache reads all of them, as static caches do; a pool that grows reads what it has grown to.
         """
-        graphs, used = [], 0
+        keys, used = [], 0
         bucket = READ_BUCKET if self.policy.strategy.grows else n_slots
         for layers in steps:
             used = max(used, *(step.fresh + 1 for step in layers if step.reuse < 0), 0)
-            graphs.append((any(step.evict for step in layers), min(-(-used // bucket) * bucket, n_slots)))
-        return graphs
+            keys.append((any(step.evict for step in layers), min(round_up(used, bucket), n_slots)))
+        return keys
 
     @property
     def slots(self) -> tuple[list[int], list[int]]:
@@ -270,53 +296,59 @@ class Cache(nn.Module):
         prompt = [layer.prompt_slots for layer in self.layers]
         return prompt, [layer.pos.shape[2] - n for layer, n in zip(self.layers, prompt, strict=True)]
 
-    def held(self) -> Tensor:
-        """[n_layers, B] tokens held now per KV head, the mean of the heads."""
-        return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers])
-
-    def decode_peak(self, t: int) -> float:
-        """The most tokens beyond the prompt's that a KV head has held up to step t, the mean of the layers."""
-        evict = self.plan[:t, :, 2].cpu()
-        held = torch.arange(1, t + 1)[:, None] - evict.cumsum(0) + evict  # [t, n_layers], as the step attends
-        return held.amax(0).float().mean().item() if t else 0.0
-
     @property
     def nbytes(self) -> int:
-        """Bytes of every buffer: K, V and what eviction needs beside them."""
+        """Bytes of all buffers: K, V and what eviction needs beside them."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
+    # ---- what is held
+
+    def held(self) -> Tensor:
+        """[n_layers, B]: tokens held now per KV head, the mean of the heads."""
+        return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers])
+
+    def held_of_output(self, steps: int) -> Tensor:
+        """[steps, n_layers]: generated tokens that each of the first steps attends to, per KV head. The plan knows.
+
+        In a pool that prompt and output share, it is how many tokens more than the prompt gave.
+        """
+        evicted = self.plan[:steps, :, 2].cpu()
+        evicted_before = evicted.cumsum(0) - evicted  # a step attends before it evicts
+        return torch.arange(1, steps + 1)[:, None] - evicted_before
+
     def positions(self) -> Tensor:
-        """[n_layers, B, n_kv_heads, n_slots] int32: the token in each slot, -1 = dead; short layers end in -1."""
+        """[n_layers, B, n_kv_heads, n_slots] int32: the position in each slot, -1: dead; short layers end in -1."""
         n_slots = max(layer.pos.shape[2] for layer in self.layers)
         return torch.stack([pad(layer.pos, (0, n_slots - layer.pos.shape[2]), value=-1) for layer in self.layers])
+
+    # ---- one run: prefill, then steps
 
     def reset(self) -> None:
         self.lengths.zero_()
         self.kept.zero_()
-        self.used, self.position = [0] * len(self.layers), 0
+        self.used = [0] * len(self.layers)
+        self.position = 0
         for layer in self.layers:
             layer.reset()
 
-    def fills(self, lengths: list[int]) -> list:
-        """Per layer, the attention of a prefill of right-padded prompts of these lengths."""
+    def begin_prefill(self, lengths: list[int]) -> list:
+        """Prepare for right-padded prompts of these lengths; returns the attention of each layer that reads them."""
         kept = [[self.kept_of(layer.layer, length) for length in lengths] for layer in self.layers]
-        self.used, self.position = [self.slots_for(layer.layer, lengths) for layer in self.layers], max(lengths)
+        self.used = [self.slots_for(layer.layer, lengths) for layer in self.layers]
+        self.position = max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
         self.kept.copy_(torch.tensor(kept))
         keeps = [None if row == lengths else self.kept[layer] for layer, row in enumerate(kept)]
-        return [
-            partial(layer.fill, self.lengths, keep, self.prompt) for layer, keep in zip(self.layers, keeps, strict=True)
-        ]
+        pairs = zip(self.layers, keeps, strict=True)
+        return [partial(layer.fill, self.lengths, keep, self.prompt) for layer, keep in pairs]
 
-    def now(self, t: int, reads: int) -> Now:
-        """Step t, 1-based, reading that many decode slots."""
-        return Now(reads, self.lengths + (t - 1), self.kept, self.plan[t - 1])
+    def step_input(self, t: int, reads: int) -> StepInput:
+        """The input of step t, counted from 1. reads: decode slots that it reads."""
+        return StepInput(reads, self.lengths + (t - 1), self.kept, self.plan[t - 1])
 
-    def appends(self, now: Now) -> list:
-        return [partial(layer.append, now) for layer in self.layers]
-
-    def selects(self, now: Now) -> list:
-        return [partial(layer.select, now) for layer in self.layers]
+    def step_attention(self, now: StepInput, select: bool) -> list:
+        """The attention of each layer in a select or an append step."""
+        return [partial(layer.select if select else layer.append, now) for layer in self.layers]
 
     # ---- a conversation: one row, turn after turn
 
@@ -325,30 +357,30 @@ class Cache(nn.Module):
         return (self.plan[:steps, :, 0] < 0).sum(0).tolist()
 
     def room(self, steps: int) -> int:
-        """Prompt slots that a turn of that many steps leaves for the next one."""
+        """Prompt slots that are free for the next turn, after an answer of this many steps."""
         taken = zip(self.layers, self.used, self.in_use(steps), strict=True)
         return min(layer.prompt_slots - used - in_use for layer, used, in_use in taken)
 
     def settle(self, steps: int, position: int) -> None:
-        """End a turn of that many steps: what is left of its output up to a position stays for good, with the next turn
-        a new budget begins."""
+        """End an answer of this many steps: what is left of its tokens before `position` stays, and the rest goes."""
         self.drop(position)
         in_use = self.in_use(steps)
-        for layer, first, count in zip(self.layers, self.used, in_use, strict=True):
-            layer.settle(first, count)
-        self.used = [first + count for first, count in zip(self.used, in_use, strict=True)]
+        for layer, start, count in zip(self.layers, self.used, in_use, strict=True):
+            layer.settle(start, count)
+        self.used = [start + count for start, count in zip(self.used, in_use, strict=True)]
         self.position = position
 
-    def joins(self, n: int) -> tuple[Tensor, list]:
-        """Positions [1, n] of the next n tokens to be read, and per layer the attention that reads them."""
-        asking = self.position + torch.arange(n, device=self.lengths.device)[None]
-        attends = [partial(layer.join, first, asking) for layer, first in zip(self.layers, self.used, strict=True)]
+    def begin_turn(self, n: int) -> tuple[Tensor, list]:
+        """Prepare for n more tokens; returns their positions [1, n] and the attention of each layer that reads them."""
+        query_positions = self.position + torch.arange(n, device=self.lengths.device)[None]
+        pairs = zip(self.layers, self.used, strict=True)
+        attends = [partial(layer.join, start, query_positions) for layer, start in pairs]
         self.used = [used + n for used in self.used]
         self.position += n
-        return asking, attends
+        return query_positions, attends
 
-    def count(self) -> None:
-        """Where the output begins, and how much there is before it."""
+    def begin_output(self) -> None:
+        """Note what is held before an answer: its position, and the tokens that count as prompt."""
         self.lengths.fill_(self.position)
         self.kept.copy_(self.held())
 
@@ -357,18 +389,22 @@ class Cache(nn.Module):
         for layer in self.layers:
             layer.pos.masked_fill_(layer.pos >= position, -1)
 
-    def mark(self) -> Mark:
-        scores = [layer.score.clone() for layer in self.layers if layer.ranks_prompt]
-        return Mark(self.position, tuple(self.used), self.kept.clone(), scores)
+    def snapshot(self) -> CacheSnapshot:
+        scores = [layer.score.clone() for layer in self.layers if layer.prompt_is_evictable]
+        return CacheSnapshot(self.position, tuple(self.used), self.kept.clone(), scores)
 
-    def rewind(self, mark: Mark) -> None:
-        """Forget what came after the mark. A frozen prompt is then as it was, whatever was generated since; a pool
-        that prompt and output share has lost for good the prompt tokens that it evicted."""
-        self.drop(mark.position)
-        self.used, self.position = list(mark.used), mark.position
-        self.lengths.fill_(mark.position)
-        self.kept.copy_(mark.kept)
-        for layer, score in zip([layer for layer in self.layers if layer.ranks_prompt], mark.scores, strict=True):
+    def rewind(self, snapshot: CacheSnapshot) -> None:
+        """Forget what came after the snapshot. A frozen prompt is then bit for bit as it was.
+
+        A pool that prompt and output share cannot bring back the prompt tokens that it has evicted since.
+        """
+        self.drop(snapshot.position)
+        self.used = list(snapshot.used)
+        self.position = snapshot.position
+        self.lengths.fill_(snapshot.position)
+        self.kept.copy_(snapshot.kept)
+        scored = [layer for layer in self.layers if layer.prompt_is_evictable]
+        for layer, score in zip(scored, snapshot.scores, strict=True):
             layer.score.copy_(score)
         if not self.policy.strategy.frozen_prompt:
-            self.count()
+            self.begin_output()

@@ -1,11 +1,12 @@
 """The tensor ops of attention, scoring and eviction: plain PyTorch that `torch.compile` fuses.
 
-Each is readable next to a slow twin in tests/. H is n_kv_heads, G the query heads of one KV head.
+tests/core/test_kernels.py compares each one with a slow version of it. In the shapes, H is n_kv_heads and G is the
+number of query heads that share one KV head.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # ---- prefill ----------------------------------------------------------------------------------------------
 
@@ -13,53 +14,53 @@ from torch import Tensor
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """q [B, H * G, S, head_dim], k and v [B, H, S, head_dim] -> [B, H * G, S, head_dim].
 
-    Right-padded rows need no mask: no real token looks to its right.
+    Rows that are padded on the right need no mask of their own: a causal query never sees what is to its right.
     """
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-BLOCK_SCORES = 2**23  # scores held at a time: memory grows with S, never with S x S
+BLOCK_SCORES = 2**23  # attention scores held in memory at a time, so that memory does not grow with S x S
 
 
 def received_attention(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
-    """Attention probability that each prompt token receives from all of the prompt's queries, causal.
+    """The attention probability that each prompt token receives from all queries of the prompt, causal.
 
     q [B, H * G, S, head_dim], k [B, H, S, head_dim], lengths [B] -> [B, H, S] float32, summed over the queries and
     averaged over the group.
     """
     received = torch.zeros(k.shape[:3], device=k.device)
-    step = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * q.shape[2]))
-    for start in reversed(range(0, k.shape[2], step)):  # the largest block first: later ones fit into its memory
-        asking = torch.arange(start, min(start + step, k.shape[2]), device=k.device)
-        end = start + len(asking)  # no query of this block sees a later key, and only its own keys need a mask
+    block = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * q.shape[2]))
+    for start in reversed(range(0, k.shape[2], block)):  # the largest block first: later ones fit into its memory
+        query_positions = torch.arange(start, min(start + block, k.shape[2]), device=k.device)
+        end = start + len(query_positions)  # keys from `end` on lie after all queries of this block
         logits = scaled_scores(q[:, :, start:end], k[:, :, :end])
-        logits[..., start:].masked_fill_(asking > asking[:, None], float("-inf"))
+        logits[..., start:].masked_fill_(query_positions > query_positions[:, None], float("-inf"))
         prob = logits.softmax(-1, dtype=torch.float32)
-        real = (asking < lengths[:, None]).float()[:, None, None, None]  # [B, 1, 1, 1, n]: padding asks nothing
+        real = (query_positions < lengths[:, None]).float()[:, None, None, None]  # [B, 1, 1, 1, n]: 0 for padding
         received[:, :, :end] += (real @ prob).squeeze(3).mean(2)
     return received
 
 
 def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, last: int) -> Tensor:
-    """As `received_attention`, from the `last` queries of each row only."""
-    asking = lengths[:, None] - last + torch.arange(last, device=k.device)  # [B, n]; negative: none
-    index = asking.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+    """`received_attention` from the `last` queries of each row only; a row may have fewer."""
+    query_positions = lengths[:, None] - last + torch.arange(last, device=k.device)  # [B, last]
+    index = query_positions.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
     logits = scaled_scores(q.gather(2, index), k)
-    unseen = torch.arange(k.shape[2], device=k.device) > asking[:, :, None]  # [B, n, S]
+    unseen = torch.arange(k.shape[2], device=k.device) > query_positions[:, :, None]  # [B, last, S]
     prob = logits.masked_fill_(unseen[:, None, None], float("-inf")).softmax(-1, dtype=torch.float32)
-    return prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a query that is not there sees nothing
+    return prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a query before the row's first token, which sees no key
 
 
-def attend_block(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, asking: Tensor) -> tuple[Tensor, Tensor]:
-    """Many queries over slots in any order; each sees the live ones that are no newer than itself.
+def attend_block(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of many queries over slots in any order. A query sees the live tokens that are not newer than itself.
 
-    q [B, H * G, n, head_dim], k and v [B, H, n_slots, head_dim], pos [B, H, n_slots] of the tokens there (-1: dead),
-    asking [B, n] of the queries -> output [B, H * G, n, head_dim], attention received [B, H, n_slots] float32, summed
-    over the queries and averaged over the group.
+    q [B, H * G, n, head_dim], k and v [B, H, n_slots, head_dim], pos [B, H, n_slots] (-1: dead), query_positions [B, n]
+    -> output [B, H * G, n, head_dim], attention received [B, H, n_slots] float32, summed over the queries and averaged
+    over the group.
     """
     outputs, received = [], torch.zeros(k.shape[:3], device=k.device)
-    step = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    for queries, positions in zip(q.split(step, dim=2), asking.split(step, dim=1), strict=True):
+    block = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for queries, positions in zip(q.split(block, dim=2), query_positions.split(block, dim=1), strict=True):
         unseen = (pos < 0)[:, :, None] | (pos[:, :, None] > positions[:, None, :, None])  # [B, H, n, n_slots]
         logits = scaled_scores(queries, k).masked_fill_(unseen[:, :, None], float("-inf"))
         prob = logits.softmax(-1, dtype=torch.float32)  # [B, H, G, n, n_slots]
@@ -77,14 +78,15 @@ def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
 
 
 def fuses(x: Tensor) -> bool:
-    """Inside a CPU graph, where sums of products compile into one pass over memory at its full bandwidth.
+    """True inside a compiled CPU graph. There a sum of products becomes one loop that reads at memory speed.
 
-    A matrix library called with a few rows packs and dispatches for longer than it reads: 10 against 27 GB/s.
+    A matrix library spends most of a call with few rows on packing and dispatch: it reads 10 GB/s, the loop 27 GB/s.
     """
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
-# Up to here the compiler fuses the rows' sums, so that each weight is read once; beyond, arithmetic is short.
+# Up to 4 rows the compiler fuses the rows' sums, so that each weight is read once for all of them. With more rows
+# compute is the bottleneck, not memory, and the matrix library is faster.
 FEW_ROWS = 4
 
 
@@ -92,8 +94,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., in], weight [out, in] -> [..., out]."""
     if not (fuses(x) and x.shape[:-1].numel() <= FEW_ROWS):
         return F.linear(x, weight, bias)
-    # A sum per row: one sum over [out, rows, in] is not vectorized, and takes ten times as long. Two halves of
-    # the weight share a loop: a sum alone waits for its own last addition.
+    # One sum per row, because a single sum over [out, rows, in] is not vectorized and takes ten times as long. Each sum
+    # runs over two halves of the weight in one loop: two accumulators hide the latency of the add.
     rows, halves = x.flatten(0, -2).float(), weight.chunk(2)
     y = torch.stack([torch.cat([(half.float() * row).sum(-1) for half in halves]) for row in rows])
     y = y.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -101,7 +103,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def attend_slots(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
-    """One query per row over the live slots, in whatever order they lie: RoPE is already in the keys.
+    """Attention of one query per row over the live slots. Their order means nothing: RoPE is already in the keys.
 
     q [B, H * G, 1, head_dim], k and v [B, H, n_slots, head_dim], live [B, H, n_slots] bool
     -> output [B, H * G, 1, head_dim], probability [B, H, n_slots] float32, averaged over the group.
@@ -117,22 +119,22 @@ def attend_slots(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> tuple[Tensor,
     return y.flatten(1, 2).unsqueeze(2), prob.mean(2)
 
 
-VECTOR = 32  # channels of V that a CPU adds up at once
+VECTOR = 32  # channels of V that one vectorized loop adds up
 
 
 def weighted_sum(prob: Tensor, v: Tensor) -> Tensor:
-    """prob [B, H, G, n_slots], v [B, H, n_slots, head_dim] -> [B, H, G, head_dim], as sums that compile into one pass.
+    """prob [B, H, G, n_slots], v [B, H, n_slots, head_dim] -> [B, H, G, head_dim], in one pass over V.
 
-    One sum over all channels is compiled to a sweep of V for each vector of them where V is a prefix of the slots.
+    The sum is split by channels. A single sum would read V once per 32 channels, wherever V is a prefix of the slots.
     """
     sums = [(prob[..., None] * part[:, :, None].float()).sum(3) for part in v.split(VECTOR, -1)]
     return torch.cat(sums, -1).to(v.dtype)
 
 
 def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
-    """buffer [B, H, n_slots, ...], slots [B, H, n], values [B, H, n, ...]: in place, n slots of each head.
+    """Write n slots of each head in place: buffer [B, H, n_slots, ...], slots [B, H, n], values [B, H, n, ...].
 
-    Indexed assignment, not `scatter_`: the compiler turns only this one back into a write in place.
+    Indexed assignment and not `scatter_`: the compiler makes a copy of the buffer for `scatter_`, but not for this.
     """
     rows = torch.arange(slots.shape[0], device=slots.device)[:, None, None]
     heads = torch.arange(slots.shape[1], device=slots.device)[None, :, None]
@@ -140,7 +142,7 @@ def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
 
 
 def slot_numbers(k: Tensor) -> Tensor:
-    """[B, H, n, ...] -> 0 .. n - 1, as [B, H, n] int32."""
+    """[B, H, n, ...] -> the numbers 0 to n - 1 for each head, [B, H, n] int32."""
     return torch.arange(k.shape[2], device=k.device, dtype=torch.int32).expand(k.shape[:3])
 
 
@@ -148,9 +150,10 @@ def slot_numbers(k: Tensor) -> Tensor:
 
 
 def rank_key(score: Tensor, pos: Tensor) -> Tensor:
-    """One int64 that orders by score, and of equal scores the older token lower. score float32, pos int32.
+    """One int64 per token that sorts by score, then by position. score float32, pos int32, of any one shape.
 
-    A float's bits order like the float (negative ones after a flip): they fill the high half, the position the low.
+    The bits of a float sort like the float, once those of negative floats are flipped. They fill the high 32 bits, the
+    position the low 32. Scores 0.5, 0.25, 0.25 at positions 7, 9, 3 sort as (0.25, 3), (0.25, 9), (0.5, 7).
     """
     bits = (score + 0.0).view(torch.int32)  # + 0.0: minus zero equals zero
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -158,7 +161,7 @@ def rank_key(score: Tensor, pos: Tensor) -> Tensor:
 
 
 def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
-    """The `count` slots to evict first, [B, H, count]: lowest score first, of equal scores the older token.
+    """The `count` slots to evict, [B, H, count]: the lowest score first, among equal scores the older token first.
 
     score float32, pos int32, evictable bool, each [B, H, n_slots].
     """
@@ -171,15 +174,66 @@ def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
 def highest(score: Tensor, lengths: Tensor, budget: Tensor, floor: Tensor, n_slots: int) -> Tensor:
     """The prompt tokens to keep: positions [B, H, n_slots] in ascending order, -1 where a slot stays empty.
 
-    score [B, H, S], lengths [B]. Each head keeps its best `floor` [B] tokens; the heads of a row share what is left of
-    H * `budget` [B] among their best others.
+    score [B, H, S]; lengths, budget, floor [B]. Each head keeps its best `floor` tokens. The heads of a row compete for
+    the other H * (budget - floor) places. Example with 2 heads, budget 2, floor 1: scores (9, 8, 7) and (3, 2, 1).
+    Token 0 of each head is safe; 8 and 7 win the two places left. Head 0 keeps 0, 1, 2 and head 1 keeps 0.
     """
     B, H, S = score.shape
     pos = slot_numbers(score)
-    key = torch.where(pos < lengths[:, None, None], rank_key(score, pos), torch.iinfo(torch.int64).min)
-    rank = key.argsort(-1, descending=True).argsort(-1)  # within the head, 0 = best
-    shared = torch.where(rank < floor[:, None, None], torch.iinfo(torch.int64).max, key)
-    overall = shared.flatten(1).argsort(stable=True, dim=-1, descending=True).argsort(-1).view(B, H, S)
-    kept = (overall < H * budget[:, None, None]) & (pos < lengths[:, None, None])
+    in_prompt = pos < lengths[:, None, None]
+    key = torch.where(in_prompt, rank_key(score, pos), torch.iinfo(torch.int64).min)
+    rank_in_head = ranks(key)
+    key = torch.where(rank_in_head < floor[:, None, None], torch.iinfo(torch.int64).max, key)  # safe: ahead of all
+    rank_in_row = ranks(key.flatten(1)).view(B, H, S)
+    kept = (rank_in_row < H * budget[:, None, None]) & in_prompt
     positions = torch.where(kept, pos, S).sort(-1).values[:, :, :n_slots]
     return torch.where(positions < S, positions, -1)
+
+
+def ranks(key: Tensor) -> Tensor:
+    """The place of each entry along the last dimension, 0 for the largest: (30, 50, 40) -> (2, 0, 1)."""
+    return key.argsort(stable=True, dim=-1, descending=True).argsort(-1)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------
+
+
+class Sampler(nn.Module):
+    """Chooses each row's next token and notes which rows have stopped. It runs on the device, in the compiled step."""
+
+    def __init__(self, options, stop_ids: list[int]):
+        super().__init__()
+        self.temperature = options.temperature
+        self.top_k = options.top_k
+        self.top_p = options.top_p
+        self.register_buffer("stop_ids", torch.tensor(stop_ids, dtype=torch.int64))
+
+    def forward(self, logits: Tensor, noise: Tensor, stopped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [B, vocab], noise and stopped [B] -> the token to feed next, the same or -1 if stopped, stopped."""
+        token = self.sample(logits, noise)
+        return token, torch.where(stopped, -1, token), stopped | torch.isin(token, self.stop_ids)
+
+    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+        """Walk along the likeliest tokens until their summed probability passes the noise, uniform in [0, 1).
+
+        Probabilities 0.5, 0.3, 0.2 and top_p 0.7: tokens 0 and 1 stay, with edges 0.5 and 0.8. Noise 0.6 is scaled to
+        0.6 * 0.8 = 0.48, which is below the first edge: token 0. Noise 0.7 gives 0.56: token 1.
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        vocab = logits.shape[-1]
+        top, ids = (logits / self.temperature).topk(min(self.top_k or vocab, vocab))  # sorted
+        prob = top.softmax(-1)
+        prob = torch.where(prob.cumsum(-1) - prob < self.top_p, prob, 0)  # the token that crosses top_p stays
+        edges = prob.cumsum(-1)
+        choice = (edges <= noise[:, None] * edges[:, -1:]).sum(-1, keepdim=True)
+        return ids.gather(-1, choice.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+def draw_noise(options, indexes: list[int]) -> Tensor:
+    """[T, B] uniform numbers, one per token. They are drawn before the run, so no graph holds a random state."""
+    if options.temperature == 0:
+        return torch.zeros(options.max_new_tokens, len(indexes), device="cpu")
+    seeds = [(options.seed * 1_000_003 + index) % 2**63 for index in indexes]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.rand(options.max_new_tokens, generator=g, device="cpu") for g in generators], dim=1)

@@ -1,7 +1,7 @@
-"""One Llama in one page, gpt-fast's way: no cache, no policy, no compile in here.
+"""One Llama in one page, as in gpt-fast. This file knows no cache, no policy and no compiler.
 
-The model is handed one `attend(q, k, v)` function per layer. Training passes plain causal attention,
-prefill and decode pass methods of `cache.py`; the model cannot tell the difference.
+The caller hands the model one function `attend(q, k, v)` per layer. Training passes plain causal attention; prefill and
+decode pass methods of `cache.py`.
 """
 
 import math
@@ -16,7 +16,7 @@ import kernels
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a Llama or Mistral checkpoint. `rope_scaling` is the Hugging Face dict, or None."""
+    """Shapes and constants of a Llama or Mistral checkpoint. `rope_scaling` is Hugging Face's dict, or None."""
 
     vocab_size: int
     hidden_size: int
@@ -27,16 +27,22 @@ class ModelConfig:
     head_dim: int
     norm_eps: float = 1e-5
     max_positions: int = 2048
-    sliding_window: int | None = None  # not implemented: only runs shorter than it are right
+    sliding_window: int | None = None  # not implemented: longer runs are refused
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
 
+    def context_limit(self) -> tuple[int, str]:
+        """The longest supported sequence, and the field of the config that sets it."""
+        if self.sliding_window and self.sliding_window < self.max_positions:
+            return self.sliding_window, "tokens of sliding window"
+        return self.max_positions, "positions"
+
 
 class Llama(nn.Module):
-    """Token ids in, hidden states out; `logits` turns the ones you need into scores over the vocabulary."""
+    """Turns token ids into hidden states; `logits` turns the hidden states you need into scores over the vocabulary."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -47,7 +53,7 @@ class Llama(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
-        # Stays float32 whatever the weights are: bf16 frequencies would misplace far tokens.
+        # Stays float32 whatever dtype the weights have: in bf16, far positions would be rounded to wrong angles.
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
 
     def forward(self, tokens: Tensor, positions: Tensor, attends=None) -> Tensor:
@@ -81,7 +87,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-        # One matrix for q, k and v: three short reads of memory become one long one.
+        # One matrix for q, k and v: one long read of memory is faster than three short ones.
         self.wqkv = Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
         self.wo = Linear(self.widths[0], config.hidden_size, bias=config.attention_bias)
 
@@ -111,21 +117,21 @@ class Linear(nn.Linear):
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding, Hugging Face's layout: channel i pairs with channel i + head_dim / 2."""
+    """Rotary embedding in Hugging Face's layout: channel i turns together with channel i + head_dim / 2."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 
 
 def rope_table(inv_freq: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions [B, S] -> cos, sin [B, 1, S, head_dim]. Computed, not stored: no table limits the length."""
+    """positions [B, S] -> cos, sin [B, 1, S, head_dim]. Nothing is stored, so no table limits the length."""
     angles = positions[:, None, :, None].float() * inv_freq  # [B, 1, S, head_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[head_dim / 2] float32 on the CPU, also under a meta-device context."""
+    """[head_dim / 2] float32. It is made on the CPU even where the weights are on the meta device."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     inv_freq = 1.0 / config.rope_theta**exponents
     scaling = config.rope_scaling or {}
@@ -138,14 +144,14 @@ def scale_linear(inv_freq: Tensor, scaling: dict) -> Tensor:
 
 
 def scale_llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones stay, and those between are blended."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # within the trained context
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
 
 
-# rope_type of the config -> what it does, and the numbers that it needs
+# rope_type in config.json -> the function that scales, and the fields of rope_scaling that it needs
 ROPE_SCALINGS = {
     "default": (lambda inv_freq, scaling: inv_freq, ()),
     "linear": (scale_linear, ("factor",)),

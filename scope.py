@@ -1,7 +1,7 @@
-"""SCOPE's policies as data: what of the prompt and of the output may stay, when to choose, by which score.
+"""SCOPE's policies as data: how many tokens stay in the cache, when a selection runs, and which score it uses.
 
-Plain Python and small pure functions: no model and no cache in here. Symbols follow the paper (arXiv
-2412.13649): t is the decode step, 1-based; T the most tokens to generate; alpha2 = obs_window, beta1 = heavy,
+This file holds plain Python and small pure functions; it knows no model and no cache. Symbols follow the paper (arXiv
+2412.13649): t is the decode step, counted from 1; T is the most tokens to generate; alpha2 = obs_window, beta1 = heavy,
 beta2 = recent. Three tables hold every method: STRATEGIES, SCORES and COMPRESSORS.
 """
 
@@ -19,7 +19,7 @@ import kernels
 
 @dataclass(frozen=True)
 class Policy:
-    """The decode phase. Budgets are generated tokens per KV head. ValueError names what is impossible."""
+    """What happens to generated tokens. Budgets count tokens per KV head. Raises ValueError for impossible values."""
 
     name: str
     heavy: int
@@ -29,8 +29,8 @@ class Policy:
     def __post_init__(self):
         require_known("policy", self.name, STRATEGIES)
         require_known("score", self.score, SCORES)
-        require_count("heavy", self.heavy, 0)
-        require_count("recent", self.recent, 0)
+        require(self.heavy >= 0, "heavy", self.heavy, "0 tokens or more")
+        require(self.recent >= 0, "recent", self.recent, "0 tokens or more")
 
     @property
     def strategy(self) -> "Strategy":
@@ -42,8 +42,8 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """The prefill phase: `budget` prompt tokens per KV head stay, the last `obs_window` of them in any case."""
+class PromptPolicy:
+    """What happens to the prompt after prefill: `budget` tokens per KV head stay, among them the last `obs_window`."""
 
     compress: str
     budget: int
@@ -51,27 +51,16 @@ class Prompt:
 
     def __post_init__(self):
         require_known("compressor", self.compress, COMPRESSORS)
-        require_count("prompt_budget", self.budget, 1)
-        require_count("obs_window", self.obs_window, 1)
-        if self.obs_window > self.budget:
-            raise ValueError(f"obs_window is {self.obs_window}: it is part of prompt_budget, so at most {self.budget}")
+        require(self.budget >= 1, "prompt_budget", self.budget, "1 token or more")
+        most = f"1 to {self.budget} tokens: it is part of prompt_budget"
+        require(1 <= self.obs_window <= self.budget, "obs_window", self.obs_window, most)
 
     @property
     def compressor(self) -> "Compressor":
         return COMPRESSORS[self.compress]
 
 
-def require_known(what: str, value: str, table: dict) -> None:
-    if value not in table:
-        raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(table)}")
-
-
-def require_count(what: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{what} is {value}: a budget counts tokens, so {least} or more")
-
-
-# ---- the decode pool's budget after the selection of step t -----------------------------------------------
+# ---- budgets: generated tokens per KV head that stay after the selection of step t ------------------------
 
 
 def unlimited(policy: Policy, T: int, t: int) -> int:
@@ -83,14 +72,17 @@ def fixed(policy: Policy, T: int, t: int) -> int:
 
 
 def growing(policy: Policy, T: int, t: int) -> int:
-    """Eq. 4: the heavy part grows linearly from step `recent` on and is full at step T."""
+    """Eq. 4: the heavy part grows linearly from step `recent` on, and reaches `heavy` at step T.
+
+    heavy 6, recent 4, T 16: the budget is 4 at step 4, 7 at step 10, 10 at step 16.
+    """
     if policy.recent >= T:
         return policy.recent
     grown = min(max(t - policy.recent, 0), T - policy.recent)
     return policy.recent + policy.heavy * grown // (T - policy.recent)
 
 
-# ---- the steps between two selections ---------------------------------------------------------------------
+# ---- intervals: steps from one selection to the next ------------------------------------------------------
 
 
 def every_step(policy: Policy, T: int) -> int:
@@ -98,59 +90,64 @@ def every_step(policy: Policy, T: int) -> int:
 
 
 def one_heavy_hitter_apart(policy: Policy, T: int) -> int:
-    """The paper's zeta: one selection each time Eq. 4 admits one more token. With heavy = 0 it never does and
-    there is nothing to rank, so the pool slides with every step instead of growing until T."""
-    return max(1, (T - policy.recent) // policy.heavy) if policy.heavy else 1
+    """The paper's zeta: a selection runs each time Eq. 4 admits one more heavy hitter.
+
+    With heavy = 0 Eq. 4 never admits one. The pool is then a sliding window, which selects every step.
+    """
+    if policy.heavy == 0:
+        return 1
+    return max(1, (T - policy.recent) // policy.heavy)
 
 
-# ---- the newest tokens, which no selection touches (prompt: tokens kept of each row's prompt, [B]) ---------
+# ---- windows: how many of the newest tokens no selection touches (prompt_kept: prompt tokens kept, [B]) ----
 
 
-def last_recent(policy: Policy, prompt: Tensor) -> int:
+def last_recent(policy: Policy, prompt_kept: Tensor) -> int:
     return policy.recent
 
 
-def whole_budget(policy: Policy, prompt: Tensor) -> int:
+def whole_budget(policy: Policy, prompt_kept: Tensor) -> int:
     return policy.heavy + policy.recent
 
 
-def half_of_everything(policy: Policy, prompt: Tensor) -> Tensor:
-    return (prompt + policy.heavy + policy.recent) // 2
+def half_of_everything(policy: Policy, prompt_kept: Tensor) -> Tensor:
+    return (prompt_kept + policy.heavy + policy.recent) // 2
 
 
 # ---- scores: what makes a token worth keeping -------------------------------------------------------------
 
 
 def cumulative(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
-    """All attention since the token was written (H2O, arXiv 2306.14048)."""
+    """The sum of all attention that the token has received since it was written (H2O, arXiv 2306.14048)."""
     return score + prob
 
 
 def current(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
-    """The attention of this step's query alone: what SCOPE's published code ranks by."""
+    """The attention of this step's query alone. SCOPE's published code ranks by it."""
     return prob
 
 
 def own(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
-    """The attention that a token's own query gave it, for life: this project's finding (README, Results)."""
+    """The token's attention to itself in the step that wrote it; never updated (docs/results.md)."""
     return where(age == 1, prob, score)
 
 
 def oldest(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
-    """No attention at all: the first tokens stay (StreamingLLM's sinks, arXiv 2309.17453)."""
+    """Old tokens score higher than young ones, so the first tokens stay (StreamingLLM's sinks, arXiv 2309.17453)."""
     return age.float()
 
 
 @dataclass(frozen=True)
 class Score:
-    """`update(score, prob, age) -> score`, each [B, n_kv_heads, n]; the highest stay.
+    """`update(score, prob, age) -> score`, each [B, n_kv_heads, n]. The tokens with the highest score stay.
 
-    score is 0 for a token just written, prob its attention probability in this step (mean over the query heads
-    of its group), age the number of steps that have seen it (1 in the step that writes it).
+    score: what `update` returned one step before; 0 for a token that was just written. prob: the attention probability
+    that this step's query gives the token, averaged over the query heads of its group. age: the number of queries that
+    have seen the token; 1 in the step that writes it.
     """
 
     update: Callable[[Tensor, Tensor, Tensor], Tensor]
-    every_step: bool = True  # False: only selection steps compute it, what came before does not matter
+    every_step: bool = True  # False: the result ignores `score`, so only selection steps need to compute it
 
 
 SCORES = {
@@ -160,7 +157,7 @@ SCORES = {
 }
 
 
-# ---- budgets that differ by layer: (mean budget, layer, n_layers, most) -> budget --------------------------
+# ---- spreads: a layer's share of the mean budget; `most` is what one layer can use -------------------------
 
 
 def uniform(budget: int, layer: int, n_layers: int, most: int) -> int:
@@ -168,9 +165,9 @@ def uniform(budget: int, layer: int, n_layers: int, most: int) -> int:
 
 
 def linear(budget: int, layer: int, n_layers: int, most: int, last: float = 1 / 20) -> int:
-    """PyramidKV's spread (arXiv 2406.02069): down to 1/20 of the budget in the last layer, the mean stays `budget`.
+    """PyramidKV (arXiv 2406.02069): falls linearly to `last` of the budget in the last layer; the mean stays `budget`.
 
-    Less steep where layer 0 cannot hold more than `most`.
+    Budget 100, 4 layers: 195, 132, 68, 5. With `most` = 150, layer 0 gets 150 and the slope is less steep.
     """
     budget = min(budget, most)
     top = min(2 * budget - int(budget * last), most)
@@ -178,7 +175,7 @@ def linear(budget: int, layer: int, n_layers: int, most: int, last: float = 1 / 
 
 
 def gently_linear(budget: int, layer: int, n_layers: int, most: int) -> int:
-    """PyramidInfer (arXiv 2405.12532) as a baseline: down to half the budget, so the recent half fits everywhere."""
+    """PyramidInfer (arXiv 2405.12532): falls to half the budget, so that the recent half fits into every layer."""
     return linear(budget, layer, n_layers, most, last=1 / 2)
 
 
@@ -191,15 +188,15 @@ def all_but_two_layers(budget: int, layer: int, n_layers: int, most: int) -> int
 
 @dataclass(frozen=True)
 class Strategy:
-    """One row of the policy table."""
+    """One row of the policy table; the functions are those above."""
 
-    budget: Callable[[Policy, int, int], int]
-    interval: Callable[[Policy, int], int] = every_step
+    budget: Callable[[Policy, int, int], int]  # (policy, T, t) -> tokens
+    interval: Callable[[Policy, int], int] = every_step  # (policy, T) -> steps
     window: Callable[[Policy, Tensor], int | Tensor] = last_recent
-    frozen_prompt: bool = True  # False: prompt and output are one pool of kept prompt + heavy + recent
-    ranking: Score | None = None  # None: the one that --score names
-    spread: Callable[[int, int, int, int], int] = uniform
-    grows: bool = False  # the pool is small for long: worth a graph of its own while it is
+    frozen_prompt: bool = True  # False: prompt and output are one pool of kept prompt + heavy + recent tokens
+    ranking: Score | None = None  # None: the score that --score names
+    spread: Callable[[int, int, int, int], int] = uniform  # (mean budget, layer, n_layers, most) -> tokens
+    grows: bool = False  # the pool grows with t: attention reads a prefix, one graph per 256 slots
 
 
 STRATEGIES = {
@@ -224,26 +221,26 @@ def for_layer(policy: Policy, layer: int, n_layers: int) -> Policy:
     return replace(policy, heavy=share - recent, recent=recent)
 
 
-# ---- prompt compressors: (q, k, lengths, obs_window) -> score [B, n_kv_heads, S], the highest stay ---------
+# ---- prompt compressors: (q, k, lengths, obs_window) -> score [B, n_kv_heads, S]; the highest stay ---------
 
 
 def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
-    """H2O (arXiv 2306.14048): attention received from every prompt query, summed; causal."""
+    """H2O (arXiv 2306.14048): the sum of the attention received from all prompt queries, causal."""
     return kernels.received_attention(q, k, lengths)
 
 
 def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
-    """SnapKV (arXiv 2404.14469): attention from the last queries, the largest of 7 neighbours."""
+    """SnapKV (arXiv 2404.14469): the attention from the last queries; each token takes the maximum of 7 neighbours."""
     return max_pool1d(kernels.received_from_last(q, k, lengths, obs_window), 7, stride=1, padding=3)
 
 
 def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
-    """arXiv 2406.11430: keys of low L2 norm attract attention in large pretrained models."""
+    """Keys of low L2 norm score highest: in large pretrained models they attract attention (arXiv 2406.11430)."""
     return -k.float().norm(dim=-1)
 
 
 def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
-    """StreamingLLM (arXiv 2309.17453): attention sinks."""
+    """StreamingLLM (arXiv 2309.17453): the first tokens are attention sinks, so they score highest."""
     return -kernels.slot_numbers(k).float()
 
 
@@ -251,9 +248,9 @@ def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tens
 class Compressor:
     """One row of the compressor table."""
 
-    score: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None
+    score: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None  # None: the whole prompt stays
     spread: Callable[[int, int, int, int], int] | None = None  # None: the decode strategy's
-    head_floor: float = 1.0  # of a head's even share; what is above it goes to whichever head scores highest
+    head_floor: float = 1.0  # share of its budget that each head keeps; the heads of a layer compete for the rest
 
 
 COMPRESSORS = {
@@ -270,40 +267,74 @@ COMPRESSORS = {
 # ---- the schedule: everything about a run that depends on t alone, known before the first step ------------
 
 
-class Step(NamedTuple):
-    """What step t does: write into a slot that the last selection emptied, or a fresh one, then evict."""
+class StepPlan(NamedTuple):
+    """What step t does: write its token into a victim's slot or a fresh one, attend, then evict."""
 
-    reuse: int  # overwrite this victim of the last selection; -1: none is left
-    fresh: int  # else take this decode slot, the first never used
+    reuse: int  # index into LayerCache.victims of the dead slot to overwrite; -1: use `fresh`
+    fresh: int  # the first decode slot that no token has used yet
     evict: int  # tokens that die after this step's attention; 0: an append step
 
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: tuple[Step, ...]  # step t is steps[t - 1]
-    n_slots: int  # decode slots ever in use, so the ones to allocate
-    max_evict: int  # most victims of one selection
+    steps: tuple[StepPlan, ...]  # step t is steps[t - 1]
+    n_slots: int  # decode slots to allocate: the most that are ever in use
+    max_evict: int  # the most victims of one selection
 
 
 def schedule(policy: Policy, T: int) -> Schedule:
-    """Host-side plan of T decode steps: no step needs to look at data to know its shapes."""
-    steps, live, used, victims, reused = [], 0, 0, 0, 0
+    """The host's plan of T decode steps. It depends on t alone, so no step looks at data to know its shapes.
+
+    slide, heavy 1, recent 1 (budget 2), T 4. Slots are counted from the first decode slot:
+      t = 1 writes slot 0; t = 2 writes slot 1; t = 3 writes slot 2 and one of the three tokens dies;
+      t = 4 overwrites the dead slot, and again one dies. Three slots are enough for any T.
+    """
+    steps = []
+    live = 0  # generated tokens alive
+    used = 0  # decode slots that ever held a token
+    victims = 0  # dead slots that the last selection left
+    reused = 0  # of those, how many are overwritten already
     for t in range(1, T + 1):
-        overwrites = reused < victims
-        evict = evictions(policy, T, t, live + 1)
-        steps.append(Step(reused if overwrites else -1, used, evict))
-        reused, used = reused + overwrites, used + (not overwrites)
-        live += 1 - evict
+        reuse, fresh = -1, used
+        if reused < victims:
+            reuse = reused
+            reused += 1
+        else:
+            used += 1
+        live += 1
+        evict = eviction_count(policy, T, t, live)
+        steps.append(StepPlan(reuse, fresh, evict))
         if evict:
+            live -= evict
             victims, reused = evict, 0
     return Schedule(tuple(steps), used, max((step.evict for step in steps), default=0))
 
 
-def evictions(policy: Policy, T: int, t: int, live: int) -> int:
-    """How many tokens must go after step t, with `live` more than the prompt gave. Selections run where it is not 0."""
-    selects = (t - policy.recent) % policy.strategy.interval(policy, T) == 0
-    return max(0, live - policy.strategy.budget(policy, T, t)) if selects else 0
+def eviction_count(policy: Policy, T: int, t: int, live: int) -> int:
+    """Tokens that must die after step t, when `live` more are held than the prompt gave; 0: step t only appends."""
+    if (t - policy.recent) % policy.strategy.interval(policy, T):
+        return 0
+    return max(0, live - policy.strategy.budget(policy, T, t))
 
 
-FULL = Policy("full", heavy=0, recent=0, score="cumulative")  # what every other policy is compared with
-WHOLE = Prompt("full", budget=1, obs_window=1)
+# ---- refusals ---------------------------------------------------------------------------------------------
+
+
+def require(holds: bool, name: str, value, wanted: str) -> None:
+    """Raises ValueError with the name, the value and what is wanted instead."""
+    if not holds:
+        raise ValueError(f"{name} is {value}: it must be {wanted}")
+
+
+def require_known(what: str, value: str, table: dict) -> None:
+    if value not in table:
+        raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(table)}")
+
+
+def one_line(error: Exception) -> str:
+    """The error's text without line breaks; its type where it has no text."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+FULL = Policy("full", heavy=0, recent=0, score="cumulative")  # the policy that every other one is compared with
+WHOLE_PROMPT = PromptPolicy("full", budget=1, obs_window=1)

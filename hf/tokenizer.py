@@ -1,0 +1,243 @@
+"""Text to token ids and back, through sentencepiece or the tokenizers library, and chat templates."""
+
+import json
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+
+from hf.checkpoint import read_optional_json
+from scope import one_line
+
+# ---- backends ---------------------------------------------------------------------------------------------
+
+
+class SentencePiece:
+    """tokenizer.model. Special tokens in a text become single ids, as in transformers."""
+
+    def __init__(self, path: Path, settings: dict):
+        from sentencepiece import SentencePieceProcessor
+
+        self.processor = SentencePieceProcessor(model_file=str(path))
+        pieces = range(self.processor.vocab_size())
+        self.special = {self.processor.id_to_piece(i): i for i in pieces if self.processor.is_control(i)}
+        added = settings.get("added_tokens_decoder", {})
+        self.special |= {token["content"]: int(i) for i, token in added.items()}
+        self.eos_id = self.processor.eos_id()
+        self.bos = [self.processor.bos_id()] if settings.get("add_bos_token", True) else []
+        self.vocab_size = max([len(pieces), *(i + 1 for i in self.special.values())])
+
+    def encode(self, text: str, bos: bool) -> list[int]:
+        pattern = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))
+        ids = [i for i in self.bos if bos and i >= 0]
+        for part in re.split(f"({pattern})", text) if pattern else [text]:
+            ids += [self.special[part]] if part in self.special else self.processor.encode(part)
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        special = set(self.special.values())
+        return self.processor.decode([i for i in ids if i not in special and i < self.processor.vocab_size()])
+
+    def id_of(self, piece: str) -> int | None:
+        return self.special.get(piece)
+
+
+class FastTokenizer:
+    """tokenizer.json, read by the tokenizers library. Llama 3 has no other file."""
+
+    def __init__(self, path: Path, settings: dict):
+        from tokenizers import Tokenizer as Backend
+
+        self.backend = Backend.from_file(str(path))
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.vocab_size = self.backend.get_vocab_size()
+        self.eos_id = -1  # tokenizer.json does not say which token it is
+
+    def encode(self, text: str, bos: bool) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=bos).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids)
+
+    def id_of(self, piece: str) -> int | None:
+        return self.backend.token_to_id(piece)
+
+
+# ---- the tokenizer ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokenizer:
+    """A backend, the ids that end a text, and the chat template where the checkpoint has one."""
+
+    backend: SentencePiece | FastTokenizer
+    stop_ids: list[int]
+    special: dict  # the texts of bos_token and eos_token, for the chat template
+    template: str | None
+
+    def encode(self, text: str, bos: bool = True) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the prompt {text[:40]!a} is no text: {one_line(error)}") from None
+        return self.backend.encode(text, bos)
+
+    def encode_after(self, text: str) -> list[int]:
+        """The ids of a text that continues another one: no bos, and no space before its first word.
+
+        sentencepiece puts a space before the first word of a text. So the text is encoded with a line break before it,
+        whose ids are then cut off, unless the line break and the text have become one token.
+        """
+        start, both = self.encode("\n", bos=False), self.encode("\n" + text, bos=False)
+        return both[len(start) :] if both[: len(start)] == start else self.encode(text, bos=False)
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids)
+
+    def stream(self) -> "TextStream":
+        return TextStream(self)
+
+    def chat_history(self) -> "ChatHistory":
+        return ChatHistory(self)
+
+    def chat(self, messages: list[dict]) -> list[int]:
+        """The ids of a conversation. The template writes its own bos."""
+        return self.encode(self.render(messages), bos=False)
+
+    def render(self, messages: list[dict]) -> str:
+        """The text of a conversation, made by the checkpoint's own template in jinja2's sandbox."""
+        if self.template is None:
+            raise ValueError("this checkpoint has no chat template: run it without --chat")
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message: str):
+            raise TemplateError(message)
+
+        jinja = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+        try:
+            template = jinja.from_string(self.template)
+            return template.render(
+                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.special
+            )
+        except Exception as error:  # a template is a program: it may fail in any way a program does
+            raise ValueError(f"the chat template fails: {one_line(error)}") from error
+
+
+def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
+    settings = read_optional_json(folder / "tokenizer_config.json")
+    if not isinstance(settings.get("added_tokens_decoder", {}), dict):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
+    backend = load_backend(folder, settings)
+    if backend.vocab_size > vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {backend.vocab_size} tokens, the model only {vocab_size}")
+    special = {name: text_of(settings.get(name), name, folder) for name in ("bos_token", "eos_token")}
+    stops = read_optional_json(folder / "generation_config.json").get("eos_token_id", raw_config.get("eos_token_id"))
+    stops = stops if isinstance(stops, list) else [stops]
+    wrong = [stop for stop in stops if stop is not None and type(stop) is not int]
+    if wrong:
+        raise ValueError(f"{folder}: eos_token_id has {json.dumps(wrong[0])}: a token id or a list of them is needed")
+    stops = {*stops, backend.id_of(special["eos_token"]), backend.eos_id} - {None, -1}
+    return Tokenizer(backend, sorted(stops), special, read_template(folder, settings))
+
+
+def load_backend(folder: Path, settings: dict) -> SentencePiece | FastTokenizer:
+    """tokenizer.json comes first: where both files are there, it is the one that knows the chat tokens."""
+    for name, backend in (("tokenizer.json", FastTokenizer), ("tokenizer.model", SentencePiece)):
+        if (folder / name).exists():
+            try:
+                return backend(folder / name, settings)
+            except Exception as error:  # both libraries raise bare Exception or RuntimeError for a broken file
+                raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
+    raise ValueError(f"checkpoint {folder} has no tokenizer.json and no tokenizer.model")
+
+
+def text_of(token: str | dict | None, name: str, folder: Path) -> str:
+    text = token.get("content") if isinstance(token, dict) else token or ""
+    if not isinstance(text, str):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: {name} is {json.dumps(token)}: a text is needed")
+    return text
+
+
+def read_template(folder: Path, settings: dict) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list) and all(isinstance(entry, dict) and "name" in entry for entry in template):
+        template = {entry["name"]: entry.get("template") for entry in template}.get("default")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is no text and no list of named texts")
+    return template
+
+
+class TextStream:
+    """Turns token ids into text as soon as it is whole: a character split over tokens waits for its last byte."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.decode = tokenizer.decode
+        self.ids: list[int] = []
+        self.start = 0  # ids[start:shown] are decoded again, as context: their text is out already
+        self.shown = 0
+
+    def push(self, ids: list[int], last: bool = False) -> str:
+        """Add ids; returns the new text, or "" where it ends inside a character. last: nothing follows."""
+        self.ids += ids
+        old, new = self.decode(self.ids[self.start : self.shown]), self.decode(self.ids[self.start :])
+        if (new == old or new.endswith("\ufffd")) and not last:
+            return ""
+        self.start, self.shown = self.shown, len(self.ids)
+        return new[len(old) :]
+
+
+# ---- conversations in the words of a chat template ----------------------------------------------------------
+
+
+class ChatHistory:
+    """The messages of a conversation, and for each turn the ids that the model has not read yet."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        self.messages: list[dict] = []
+        self.text = ""  # what the template has made of all messages so far
+        self.stop: int | None = None  # the token that ended the last answer
+
+    def add_question(self, text: str) -> tuple[list[int], bool]:
+        """The ids to read before the answer, and whether they continue what was read before.
+
+        False: they are the whole conversation. It is the first turn, or the template has changed earlier turns.
+        """
+        self.messages.append({"role": "user", "content": text})
+        before, self.text = self.text, self.tokenizer.render(self.messages)
+        new = self.new_text(before) if before else None
+        if new is None:
+            return self.tokenizer.encode(self.text, bos=False), False
+        return without_stop(self.tokenizer, self.tokenizer.encode_after(new), self.stop), True
+
+    def add_answer(self, text: str, stop: int | None) -> None:
+        """stop: the stop token that ended the answer; None: the answer reached its longest length."""
+        self.messages.append({"role": "assistant", "content": text})
+        self.stop = stop
+
+    def new_text(self, before: str) -> str | None:
+        """The part of the template's text that follows the last answer; None: earlier turns are no longer the same."""
+        answer = self.messages[-2]["content"].strip()  # as most templates print it
+        rest = self.text.removeprefix(before)
+        start = rest.find(answer)
+        if not self.text.startswith(before) or start < 0 or rest[:start].strip():
+            return None
+        return rest[start + len(answer) :]
+
+
+def without_stop(tokenizer: Tokenizer, ids: list[int], stop: int | None) -> list[int]:
+    """What a template puts after an answer, less the stop token that the model has already written itself."""
+    if stop is None or stop not in ids:
+        return ids
+    end = ids.index(stop)
+    return ids if tokenizer.decode(ids[:end]).strip() else ids[end + 1 :]
