@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-import generate as engine
 from generate import MINI, generate, load
 
 ROOT = Path(__file__).parent.parent
@@ -77,47 +76,3 @@ def test_policies_lie_in_their_bands_at_a_quarter_of_the_output(tmp_path):
     assert ran.returncode == 0, ran.stderr
     lines = {line["method"]: line["accuracy"][0] for line in json.loads((tmp_path / "out.json").read_text())["lines"]}
     assert not {name: lines[name] for name, (low, high) in bands.items() if not low <= lines[name] <= high}
-
-
-# ---- the README's commands
-
-
-def blocks(language):
-    text = (ROOT / "README.md").read_text()
-    return [block.split("\n", 1)[1] for block in text.split("```")[1::2] if block.split("\n", 1)[0] == language]
-
-
-def test_the_readmes_command_lines_are_accepted():
-    commands = [line for block in blocks("") for line in block.splitlines() if line.startswith("python generate.py")]
-    assert commands
-    for command in commands:
-        assert engine.options_of(engine.parse_arguments(command.split()[2:]))
-
-
-def test_the_readmes_benchmark_commands_are_accepted():
-    text = (ROOT / "README.md").read_text()
-    commands = {line.strip("` ") for line in text.split("`") if line.startswith("python benchmarks/")}
-    assert commands
-    for command in commands:
-        assert (ROOT / command.split()[1]).exists()
-        shown = subprocess.run(
-            [sys.executable, *command.split()[1:2], "--help"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert all(flag in shown.stdout for flag in command.split() if flag.startswith("--")), command
-
-
-def test_the_readmes_python_runs_as_printed(monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    examples = [block for block in blocks("python") if "import" in block]
-    assert len(examples) == 2
-    for example in examples:
-        assert len(example.strip().splitlines()) <= 10
-        exec(compile(example.replace('"slide",', '"slide", compile=False,'), "README", "exec"), {})
-        assert "The answer is" in capsys.readouterr().out
-
-
-def test_the_makefile_has_the_readmes_targets():
-    makefile = (ROOT / "Makefile").read_text()
-    targets = {line.split()[1] for block in blocks("") for line in block.splitlines() if line.startswith("make ")}
-    assert targets == {"demo", "test"}
-    assert all(f"\n{target}:" in makefile for target in targets)

@@ -1,7 +1,6 @@
 """examples/ runs from the repository's root with the bundled model, and says what is true."""
 
-import subprocess
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,22 @@ from generate import MINI, generate, load
 ROOT = Path(__file__).parent.parent.parent
 
 
-def run(script: str) -> str:
-    ran = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
+def run(script: str, monkeypatch, capsys) -> list[str]:
+    """The lines that a script prints."""
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(script, run_name="__main__")
+    return capsys.readouterr().out.splitlines()
 
 
-def test_call_it_compares_two_policies():
-    full, _, full_bytes, evicting, _, fewer_bytes = run("examples/call_it.py").splitlines()
+def test_call_it_compares_two_policies(monkeypatch, capsys):
+    full, _, full_bytes, evicting, _, fewer_bytes = run("examples/call_it.py", monkeypatch, capsys)
     assert full.removeprefix("full") == evicting.removeprefix("discontinuous") == ": 438 tokens, finished by stop"
     assert full_bytes == "  512 decode slots per KV head, 860,200 bytes of KV cache"
     assert fewer_bytes == "  193 decode slots per KV head, 529,704 bytes of KV cache"
 
 
-def test_own_attention_prints_both_windows():
-    whole, narrow = run("examples/own_attention.py").splitlines()
+def test_own_attention_prints_both_windows(monkeypatch, capsys):
+    whole, narrow = run("examples/own_attention.py", monkeypatch, capsys)
     assert "The answer is 30." in whole
     assert "The answer is 30." not in narrow
 
