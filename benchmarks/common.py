@@ -1,24 +1,22 @@
-"""What the benchmarks share: flags, methods as settings, resumable predictions, a progress bar, tables, plots."""
+"""What the benchmarks share: flags, methods as settings, runs that go on after a kill, a progress bar, results."""
 
 import argparse
 import hashlib
 import json
-import math
 import os
-import statistics
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from generate import Options, Result, generate, note, one_line
-from scope import FULL, STRATEGIES, WHOLE, require_known
+from benchmarks import plots, report
+from generate import Options, Parser, Result, check_outputs, generate, note
+from hf.checkpoint import read_json
+from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 
 # ---- flags ------------------------------------------------------------------------------------------------
 
@@ -28,6 +26,27 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_help_string(self, action):
         return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+
+
+def make_parser(name: str, about: str) -> Parser:
+    return Parser(name, description=about.split("\n")[0], formatter_class=Help)
+
+
+def add_source_flags(parser: Parser, columns: str):
+    """Where the lines of the table come from; the benchmark adds its own sources to the group."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--mini", action="store_true", help="make problems of the bundled model's kind")
+    source.add_argument("--data", metavar="FILE.jsonl", help=f"rows with {columns}, as published")
+    source.add_argument("--from-json", metavar="FILE", help="show or plot what --json has saved; runs nothing")
+    return source
+
+
+def add_problem_flags(group, unit: str) -> None:
+    group.add_argument("--k", type=int, default=16, help=f"mini: questions per {unit[:-1]}")
+    group.add_argument(f"--{unit}", type=int, default=24, help=f"mini: {unit} per seed")
+    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help=f"mini: seeds of the {unit}")
+    group.add_argument("--limit", type=int, help="data: only the first rows")
+    group.add_argument("--no-chat", action="store_true", help="data: plain prompts, no chat template")
 
 
 BUDGETS, SHARES = [0.25, 0.125], [1.0]  # of the output, of the prompt
@@ -45,12 +64,10 @@ def add_method_flags(group, methods: list[str], budgets=BUDGETS, shares=SHARES, 
     group.add_argument("--set", default="", metavar="FIELD=VALUE,...", help="settings of all methods")
 
 
-def add_run_flags(group, batches: bool = True) -> None:
+def add_run_flags(group) -> None:
     group.add_argument("--checkpoint", default=Options.checkpoint, metavar="DIR_OR_HUB_ID", help="of the model")
     group.add_argument("--device", default=Options.device, help="cpu, cuda, cuda:1")
     group.add_argument("--dtype", default=Options.dtype, help="of weights and cache")
-    if batches:
-        group.add_argument("--batch-size", type=int, help="(default: mini: 64; data: 8)")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: mini: no; data: yes)")
     where = "predictions are appended here as they come, and a run continues where the file ends "
     where += "(default: mini: none; data: NAME.predictions.jsonl in this directory)"
@@ -62,36 +79,87 @@ def add_result_flags(group) -> None:
     group.add_argument("--plot", metavar="FILE.png", help="the figures as curves")
 
 
-def check_flags(arguments: argparse.Namespace) -> None:
-    """What argparse cannot refuse, before a long run finds out."""
+def check_flags(arguments: argparse.Namespace, *counts: str) -> None:
+    """Refuse what argparse cannot refuse, before a long run finds out. counts: flags that need 1 or more."""
+    for name in (*counts, "k", "limit"):
+        value = getattr(arguments, name)
+        require(value is None or value >= 1, flag(name), value, "1 or more")
     for name in ("decode_budget", "prompt_share"):
         for share in getattr(arguments, name):
-            require(0 < share <= 1, name, share, "above 0 and at most 1")
-    check_writable(json=arguments.json, plot=arguments.plot, predictions=arguments.predictions)
-    check_plot(arguments.plot)
+            require(0 < share <= 1, flag(name), share, "above 0 and at most 1")
+    require(len(set(arguments.seeds)) == len(arguments.seeds), "--seeds", arguments.seeds, "all different")
+    for method in arguments.methods:
+        parse_method(method)  # refuses what there is not
+    check_results(arguments, predictions_path(arguments))
 
 
-def check_plot(path: str | None) -> None:
-    if path:
-        require(Path(path).suffix in (".png", ".pdf", ".svg"), "plot", path, ".png, .pdf or .svg")
-        if not find_spec("matplotlib"):
-            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
-def require(holds: bool, name: str, value, wanted: str) -> None:
-    if not holds:
-        raise ValueError(f"--{name.replace('_', '-')} {value}: it must be {wanted}")
+def check_results(arguments: argparse.Namespace, predictions: str | None = None) -> None:
+    inputs = {flag(name): getattr(arguments, name, None) for name in ("data", "score_only", "from_json")}
+    check_outputs({"--json": arguments.json, "--plot": arguments.plot, "--predictions": predictions}, inputs)
+    plots.check_plot(arguments.plot)
 
 
-def check_writable(**paths: str | None) -> None:
-    given = {"--" + name: Path(path) for name, path in paths.items() if path}
-    for flag, path in given.items():
-        if path.is_dir() or not path.parent.is_dir():
-            raise ValueError(f"{flag} {path}: give a file in a directory that exists")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{flag} {path} cannot be written: no permission")
-    if len({path.resolve() for path in given.values()}) < len(given):
-        raise ValueError(f"{', '.join(given)}: give each its own file")
+def data_name(arguments: argparse.Namespace) -> str:
+    """What the data file is called, without its ending; "" where there is none."""
+    return Path(arguments.data or getattr(arguments, "hub", None) or "").stem
+
+
+def predictions_path(arguments: argparse.Namespace) -> str | None:
+    name = data_name(arguments)
+    return arguments.predictions or (f"{name}.predictions.jsonl" if name else None)
+
+
+def run_settings(arguments: argparse.Namespace, **defaults) -> dict:
+    """The settings that no method chooses: what the flags say, or else the defaults."""
+    given = {name: getattr(arguments, name) for name in defaults}
+    return defaults | {name: value for name, value in given.items() if value is not None}
+
+
+def source_of(arguments: argparse.Namespace, *what: str) -> str:
+    """The title of a run, which keeps runs apart that share a predictions file."""
+    return " ".join([arguments.checkpoint, *what, arguments.set]).rstrip()
+
+
+# ---- examples ---------------------------------------------------------------------------------------------
+
+
+def mini_examples(arguments: argparse.Namespace, count: int, make: Callable) -> list:
+    """make(arguments, seed, i) for each i below count, seed after seed."""
+    return [make(arguments, seed, i) for seed in arguments.seeds for i in range(count)]
+
+
+def read_rows(path: Path | str, parse: Callable[[dict], object]) -> list:
+    """`parse(JSON object)` of every line of a .jsonl file. A malformed line is named and skipped."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip():
+                    rows.append(parse(json_object(line)))
+            except ValueError as error:
+                note(f"{path}:{number}: skipped: {one_line(error)}")
+    return rows
+
+
+def read_some_rows(path: Path | str, parse: Callable[[dict], object], limit: int | None = None) -> list:
+    rows = read_rows(path, parse)[:limit]
+    if not rows:
+        raise ValueError(f"{path} has no usable row")
+    return rows
+
+
+def json_object(line: bytes) -> dict:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"broken JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"a JSON object is expected, not {type(value).__name__}")
+    return value
 
 
 # ---- methods: a policy, and whatever else of generate.Options makes it one line of a table -----------------
@@ -99,6 +167,7 @@ def check_writable(**paths: str | None) -> None:
 # Settings with flags of their own, the same for all methods, and those that greedy decoding has no use for.
 NOT_OF_A_METHOD = {"checkpoint", "policy", "max_new_tokens", "batch_size", "device", "dtype", "compile"}
 NOT_OF_A_METHOD |= {"temperature", "top_k", "top_p", "seed"}
+ONLY_SPEED = ("checkpoint", "device", "dtype", "batch_size", "compile")  # settings that change no token
 
 
 @dataclass(frozen=True)
@@ -138,6 +207,11 @@ class Job:
     labels: dict  # source, method, prompt_share, decode_budget
     settings: dict
 
+    def effective(self) -> dict:
+        """All settings, defaults included, but those that change the speed alone."""
+        settings = asdict(Options(**self.settings))
+        return {name: value for name, value in settings.items() if name not in ONLY_SPEED}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -147,104 +221,71 @@ class Sizes:
     output: int
 
 
-def make_jobs(arguments: argparse.Namespace, run: dict, sizes: Sizes) -> list[Job]:
-    """Every method at every budget, all with the same slots: prompt share x prompt + decode budget.
+def make_jobs(arguments: argparse.Namespace, methods: list[str], shares: list[float], run: dict, sizes: Sizes):
+    """A Job for every method at every budget, all with the same slots: prompt share x prompt + decode budget.
 
     run: the settings that no method chooses. What --set and a method say goes before what the budgets say.
     """
-    shared, jobs = parse_settings(arguments.set), []
-    methods = [parse_method(text) for text in arguments.methods]
-    for share in arguments.prompt_share:
+    common, jobs = parse_settings(arguments.set), {}
+    for share in shares:
         for budget in arguments.decode_budget:
-            budgets = prompt_settings(share, sizes) | decode_settings(budget, sizes, arguments.recent)
-            chosen = [(method, shared | method.settings) for method in methods]
-            jobs += [make_job(method, run | budgets, own, share, budget, sizes) for method, own in chosen]
-    return without_repeats(jobs)
+            budgets = budget_settings(share, budget, arguments.recent, sizes)
+            for method in map(parse_method, methods):
+                job = make_job(method, run | budgets, common | method.settings, share, budget, sizes)
+                jobs.setdefault(json.dumps(job.effective()), job)  # two jobs with the same settings are one
+    return list(jobs.values())
 
 
-def prompt_settings(share: float, sizes: Sizes) -> dict:
-    return {"compress": "h2o", "prompt_budget": round(share * sizes.prompt)} if share < 1 else {}
-
-
-def decode_settings(share: float, sizes: Sizes, recent: int | None) -> dict:
-    total = round(share * sizes.output)
+def budget_settings(share: float, budget: float, recent: int | None, sizes: Sizes) -> dict:
+    """The settings that a prompt share and a decode budget stand for."""
+    total = round(budget * sizes.output)
     recent = total // 2 if recent is None else recent
-    require(0 <= recent <= total, "recent", recent, f"0 to {total}, the decode budget")
-    return {"heavy": total - recent, "recent": recent}
+    require(0 <= recent <= total, "--recent", recent, f"0 to {total}, the decode budget")
+    prompt = {"compress": "h2o", "prompt_budget": round(share * sizes.prompt)} if share < 1 else {}
+    return {"compress": WHOLE_PROMPT.compress, "heavy": total - recent, "recent": recent} | prompt
 
 
 def make_job(method: Method, settings: dict, own: dict, share: float, budget: float, sizes: Sizes) -> Job:
-    settings = {"compress": WHOLE.compress} | settings | own
+    """own: settings that --set or the method chose. They replace others, and the labels say what they come to."""
+    settings = settings | own
     options = Options(**settings)  # refuses what is impossible
-    labels = {
-        "method": method.text,
-        "prompt_share": prompt_share(options, own, share, sizes),
-        "decode_budget": decode_budget(options, own, budget, sizes),
-    }
-    unused = ("heavy", "recent") if options.policy == FULL.name else ()
-    unused += ("prompt_budget", "obs_window") if options.compress == WHOLE.compress else ()
-    return Job(labels, {name: value for name, value in settings.items() if name not in unused})
-
-
-def prompt_share(options: Options, own: dict, share: float, sizes: Sizes) -> float:
-    """The share that was asked for, or what a --set prompt_budget comes to."""
-    if options.compress == WHOLE.compress:
-        return 1.0
-    if share < 1 and "prompt_budget" not in own:
-        return share
-    return round(min(1.0, options.prompt_budget / sizes.prompt), 3)
-
-
-def decode_budget(options: Options, own: dict, budget: float, sizes: Sizes) -> float:
+    unused = set()
     if options.policy == FULL.name:
-        return 1.0
-    if not own.keys() & {"heavy", "recent"}:
-        return budget
-    return round(min(1.0, (options.heavy + options.recent) / sizes.output), 3)
-
-
-def without_repeats(jobs: Iterable[Job]) -> list[Job]:
-    first: dict[str, Job] = {}
-    for job in jobs:
-        first.setdefault(json.dumps(effective(job)), job)
-    return list(first.values())
-
-
-def effective(job: Job) -> dict:
-    """All settings, defaults included, but those that change the speed alone."""
-    speed = ("checkpoint", "device", "dtype", "batch_size", "compile")
-    return {name: value for name, value in asdict(Options(**job.settings)).items() if name not in speed}
+        unused, budget = {"heavy", "recent"}, 1.0
+    elif own.keys() & {"heavy", "recent"}:
+        budget = round(min(1.0, (options.heavy + options.recent) / sizes.output), 3)
+    if options.compress == WHOLE_PROMPT.compress:
+        unused, share = unused | {"prompt_budget", "obs_window"}, 1.0
+    elif share == 1 or "prompt_budget" in own:
+        share = round(min(1.0, options.prompt_budget / sizes.prompt), 3)
+    labels = {"method": method.text, "prompt_share": share, "decode_budget": budget}
+    return Job(labels, {name: value for name, value in settings.items() if name not in unused})
 
 
 # ---- running jobs -----------------------------------------------------------------------------------------
 
 
 def run_jobs(
-    model, tokenizer, prompts: list[list[int]], asked: list[dict], jobs: list[Job], predictions: "Predictions"
+    model, inputs: list, asked: list[dict], jobs: list[Job], path: str | None, predict: Callable, unit: str
 ) -> list[dict]:
-    """A prediction per job and prompt: {"key", **job.labels, **asked[i], "pred", "finish_reason", "stats"}."""
-    return complete(model, prompts, asked, jobs, predictions, partial(predict, model, tokenizer, prompts))
+    """Rows {"key", **job.labels, **asked[i], **prediction}, one for each job and input.
 
-
-def complete(
-    model, inputs: list, asked: list[dict], jobs: list[Job], predictions: "Predictions", predict, unit: str = "prompts"
-) -> list[dict]:
-    """{"key", **job.labels, **asked[i], **prediction} per job and input, of which only those are made that are not on
-    disk yet. predict(missing, job, bar) yields (index, prediction); inputs: all that decides the tokens but the job.
+    Only those are made that are not in the file of predictions yet. predict(missing, job, bar) yields (i, prediction)
+    of the missing inputs; inputs: for each prompt, everything but the job that decides the tokens.
     """
-    weights = fingerprint(model)
+    predictions, weights = Predictions(path), fingerprint(model)
     keys = [[key_of(job, weights, each) for each in inputs] for job in jobs]
     missing = [[i for i, key in enumerate(row) if key not in predictions.rows] for row in keys]
     total, left = len(jobs) * len(inputs), sum(map(len, missing))
     if left < total:
-        note(f"{predictions.path}: {total - left} of {total} predictions are there")
+        note(f"{path}: {total - left} of {total} predictions are there")
     bar = Progress(left, unit)
     for number, job in enumerate(jobs):
         for i, prediction in predict(missing[number], job, bar):
             predictions.add({"key": keys[number][i]} | job.labels | asked[i] | prediction)
     bar.close()
-    done = [zip(asked, row, strict=True) for row in keys]
-    return [predictions.rows[key] | job.labels | own for job, row in zip(jobs, done, strict=True) for own, key in row]
+    pairs = [(job, own, key) for job, row in zip(jobs, keys, strict=True) for own, key in zip(asked, row, strict=True)]
+    return [predictions.rows[key] | job.labels | own for job, own, key in pairs]
 
 
 def fingerprint(model: torch.nn.Module) -> str:
@@ -255,46 +296,41 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 def key_of(job: Job, weights: str, content: list | dict) -> str:
     """The same for two runs that must give the same tokens."""
-    text = json.dumps([effective(job), weights, content])
+    text = json.dumps([job.effective(), weights, content])
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def predict(model, tokenizer, prompts: list[list[int]], missing: list[int], job: Job, bar: "Progress") -> Iterator:
+def run_prompts(
+    model, tokenizer, prompts: list[list[int]], asked: list[dict], jobs: list[Job], path: str | None
+) -> list[dict]:
+    """`run_jobs` where a prediction is the answer to one prompt: {"pred", "finish_reason", "stats"}."""
+    work = partial(predict_prompts, model, tokenizer, prompts)
+    return run_jobs(model, prompts, asked, jobs, path, work, "prompts")
+
+
+def predict_prompts(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: "Progress") -> Iterator:
     """(index, prediction) of each missing prompt, a batch at a time."""
     if not missing:
         return
+    before, name = bar.done, job.labels["method"]
     rows = min(job.settings["batch_size"], len(missing))
-    watch = Watch(bar, job, rows)
-    results = generate(model, tokenizer, [prompts[i] for i in missing], on_step=watch, **job.settings)
+    step = rows / job.settings["max_new_tokens"]  # of a batch; stopping early makes the bar jump
+    results = generate(
+        model,
+        tokenizer,
+        [prompts[i] for i in missing],
+        on_step=lambda cache: bar.show(bar.done + step, name),
+        **job.settings,
+    )
     for i, result in zip(missing, results, strict=True):
         yield i, prediction_of(result, rows)
-        watch.finish(result.index + 1)
+        bar.show(before + result.index + 1, name)
 
 
 def prediction_of(result: Result, rows: int) -> dict:
     stats = asdict(result.stats)
     stats |= {name: stats[name] / rows for name in ("kv_bytes", "kv_bytes_full")}  # of one prompt
     return {"pred": result.text, "finish_reason": result.finish_reason, "stats": stats}
-
-
-class Watch:
-    """Called after prefill and after every step: moves the bar by a batch's share of its steps."""
-
-    def __init__(self, bar: "Progress", job: Job, rows: int):
-        self.bar, self.rows, self.job = bar, rows, job
-        self.before, self.finished, self.steps = bar.done, 0, 0  # prompts of other jobs, of this one; of this batch
-
-    def __call__(self, cache) -> None:
-        self.steps += 1
-        running = self.rows * self.steps / self.job.settings["max_new_tokens"]
-        self.bar.show(self.before + self.finished + running, self.job.labels["method"])
-
-    def finish(self, prompts: int) -> None:
-        self.finished, self.steps = prompts, 0
-        self.bar.show(self.before + prompts, self.job.labels["method"])
-
-
-# ---- predictions on disk ----------------------------------------------------------------------------------
 
 
 class Predictions:
@@ -306,7 +342,7 @@ class Predictions:
         self.path = Path(path) if path else None
         self.rows: dict[str, dict] = {}
         if self.path and self.path.exists():
-            repair(self.path, self.START)
+            cut_half_line(self.path, self.START)
             self.rows = {row["key"]: row for row in read_rows(self.path, with_key)}
 
     def add(self, row: dict) -> None:
@@ -322,7 +358,7 @@ def with_key(row: dict) -> dict:
     return row
 
 
-def repair(path: Path, start: bytes) -> None:
+def cut_half_line(path: Path, start: bytes) -> None:
     """Cut off a last line that a killed run left half written. Anything but the start of a line of ours is refused."""
     with open(path, "r+b") as file:
         last = file.read().rpartition(b"\n")[2]
@@ -334,221 +370,23 @@ def repair(path: Path, start: bytes) -> None:
             file.truncate()
 
 
-def read_rows(path: Path, parse: Callable[[dict], object]) -> list:
-    """`parse(JSON object)` of every line of a .jsonl file. A malformed line is named and skipped."""
-    rows = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                if line.strip():
-                    rows.append(parse(json_object(line)))
-            except ValueError as error:
-                note(f"{path}:{number}: skipped: {one_line(error)}")
-    return rows
-
-
-def json_object(line: bytes) -> dict:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is expected, not {type(value).__name__}")
-    return value
-
-
-# ---- figures ----------------------------------------------------------------------------------------------
-
-
-def mean_and_spread(values: list[tuple[int, int, list[bool]]]) -> tuple[float, float | None] | None:
-    """(seed, example, right or wrong per question) -> percent right, and the standard deviation over the seeds, or
-    with one seed the standard error over the examples. None: there is no question at all."""
-    several = len({seed for seed, _, _ in values}) > 1
-    units: dict[int, list[bool]] = {}
-    for seed, example, rights in values:
-        units.setdefault(seed if several else example, []).extend(rights)
-    means = [100 * statistics.mean(rights) for rights in units.values() if rights]
-    if len(means) < 2:
-        return (means[0], None) if means else None
-    return statistics.mean(means), statistics.stdev(means) / (1 if several else math.sqrt(len(means)))
-
-
-LABELS = ("source", "method", "prompt_share", "decode_budget")
-
-
-def grouped(rows: list[dict], *names: str) -> list[list[dict]]:
-    """Rows that agree in these fields together, groups in the order of their first row."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return list(groups.values())
-
-
-def costs(predictions: list[dict]) -> dict:
-    """slots, live_peak: tokens per KV head; kv_bytes: of one prompt, all layers. Empty for foreign predictions."""
-    stats = [row["stats"] for row in predictions if "stats" in row]
-    if not stats:
-        return {}
-    return {
-        "slots": max(s["prompt_slots"] + s["decode_slots"] for s in stats),
-        "live_peak": max(s["live_peak"] for s in stats),
-        "kv_bytes": max(s["kv_bytes"] for s in stats),
-        "tokens_per_s": statistics.mean(s["tokens_per_s"] for s in stats),
-    }
-
-
-# ---- tables: a line is a dict, a column a title and a function of the line ----------------------------------
-
-
-def report(lines: list[dict], columns: dict[str, Callable[[dict], str]], more: str = "") -> str:
-    """The table, without the columns that nothing is known for, and what must be said about it."""
-    sources = list(dict.fromkeys(line["source"] or "" for line in lines))
-    if len(sources) > 1:
-        columns = columns | {"source": lambda line: line["source"] or ""}
-    cells = {title: [cell(line) for line in lines] for title, cell in columns.items()}
-    shown = {title: column for title, column in cells.items() if any(column)}
-    rows = [list(row) for row in zip(*shown.values(), strict=True)]
-    return "\n".join([*sources[len(sources) > 1 :][:1], table(list(shown), rows), LEGEND + more, *odd_slots(lines)])
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns as wide as they must be; the first is flush left, the others right."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * width for width in widths]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in (header, rule, *rows)
-    )
-
-
-def known_table(lines: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
-    """A row per line, without the columns that nothing is known for."""
-    known = [{name: value for name, value in line.items() if value is not None} for line in lines]
-    cells = {title: [cell(line) for line in known] for title, cell in columns.items()}
-    shown = {title: column for title, column in cells.items() if any(column)}
-    return table(list(shown), list(zip(*shown.values(), strict=True)))
-
-
-def percent(value: float | tuple | None) -> str:
-    """A mean, or a mean and its spread."""
-    mean, spread = value if isinstance(value, tuple) else (value, None)
-    return "" if mean is None else f"{mean:.1f}" if spread is None else f"{mean:.1f} ±{spread:4.1f}"
-
-
-def share_text(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.3g}%"
-
-
-def figure(name: str, form: str, unit: float = 1) -> Callable[[dict], str]:
-    return lambda line: format(line[name] / unit, form) if name in line else ""
-
-
-def write_json(path: str | None, content: dict) -> None:
-    if path:
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-LABEL_COLUMNS = {
-    "method": lambda line: line["method"],
-    "prompt": lambda line: share_text(line["prompt_share"]),
-    "decode": lambda line: share_text(line["decode_budget"]),
-}
-COST_COLUMNS = {
-    "slots": figure("slots", ".0f"),
-    "live peak": figure("live_peak", ".0f"),
-    "KV MB": figure("kv_bytes", ".3g", 1e6),
-    "tokens/s": figure("tokens_per_s", ".0f"),
-}
-LEGEND = """
-prompt, decode: the shares that a method may keep. slots, live peak: tokens per KV head. KV MB: of one prompt.
-Accuracy in %; ±: standard deviation over the seeds, with one seed the standard error over the prompts."""
-
-
-def odd_slots(lines: list[dict]) -> list[str]:
-    """Names the methods that have another number of slots than most have at the same budgets."""
-    said = []
-    for group in grouped([line for line in lines if "slots" in line], "source", "prompt_share", "decode_budget"):
-        prompt, decode = group[0]["prompt_share"], group[0]["decode_budget"]
-        [(usual, _)] = Counter(line["slots"] for line in group).most_common(1)
-        names = [f"{line['method']} {line['slots']}" for line in group if line["slots"] != usual or decode == 1]
-        most = "" if decode == 1 else f" (the others {usual})"
-        where = f"prompt {share_text(prompt)}, decode {share_text(decode)}"
-        said += [f"Other slots at {where}: {', '.join(names)}{most}"] if names else []
-    return said
-
-
-# ---- plots ------------------------------------------------------------------------------------------------
-
-
-PERCENT = "accuracy (%)"
-
-
-@dataclass
-class Panel:
-    """One pair of axes: percent right over x, or something else on a logarithmic axis; a line for each method."""
-
-    title: str
-    x_label: str
-    lines: dict[str, list[tuple[float, float]]]
-    log_x: bool = False
-    y_label: str = PERCENT
-
-
-def plot(path: str, panels: list[list[Panel]]) -> None:
-    """Rows of panels, each with one kind of y. A method has the same colour and marker in all of them."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    shape = len(panels), max(map(len, panels))
-    figure, axes = plt.subplots(*shape, figsize=(4.2 * shape[1], 3.6 * shape[0]), squeeze=False, sharey="row")
-    names = list(dict.fromkeys(name for row in panels for panel in row for name in panel.lines))
-    handles = {}
-    for row, row_axes in zip(panels, axes, strict=True):
-        row_axes[0].set_ylabel(row[0].y_label)
-        for panel, ax in zip(row, row_axes, strict=False):
-            handles |= draw(ax, panel, names)
-        for ax in row_axes[len(row) :]:
-            ax.set_visible(False)
-    figure.legend([handles[name] for name in names], names, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
-def draw(ax, panel: Panel, names: list[str]) -> dict:
-    handles = {}
-    for name, points in panel.lines.items():
-        number = names.index(name)
-        style = {"color": f"C{number % 10}", "marker": "osD^v"[number % 5], "linestyle": ("-", "--")[number // 10 % 2]}
-        [handles[name]] = ax.plot(*zip(*points, strict=True), markersize=4, linewidth=1.3, **style)
-    scale = {"ylim": (-2, 102)} if panel.y_label == PERCENT else {"yscale": "log"}
-    ax.set(title=panel.title, xlabel=panel.x_label, **scale)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", alpha=0.3)
-    if panel.log_x:
-        ticks = sorted({x for points in panel.lines.values() for x, _ in points})
-        ax.set_xscale("log", base=2)
-        ax.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
-    return handles
-
-
-# ---- progress and the outside of a command ------------------------------------------------------------------
-
-
 class Progress:
     """A bar on standard error, redrawn in place; where that is no terminal, a line whenever the name changes."""
 
-    WIDTH, SECONDS = 30, 0.1
+    WIDTH = 30
+    SECONDS = 0.1  # between two drawings
 
     def __init__(self, total: int, unit: str = "prompts"):
-        self.total, self.unit, self.done, self.name = total, unit, 0.0, ""
-        self.began, self.drawn = time.perf_counter(), 0.0
+        self.total = total
+        self.unit = unit
+        self.done = 0.0
+        self.name = ""
+        self.began = time.perf_counter()
+        self.drawn = 0.0
         self.terminal = sys.stderr.isatty()
 
     def show(self, done: float, name: str) -> None:
-        self.done = done
+        self.done = min(done, self.total)
         now = time.perf_counter()
         if now - self.drawn >= self.SECONDS if self.terminal else name != self.name:
             self.drawn, self.name = now, name
@@ -565,17 +403,22 @@ class Progress:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def guarded(program: str, work: Callable[[], None]) -> int:
-    """Exit status 0: done; 2: a mistake, said in one line; 130: interrupted."""
-    try:
-        work()
-        return 0
-    except BrokenPipeError:  # whoever read our output, `head` say, has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (ValueError, OSError) as error:
-        note(f"{program}: error: {one_line(error)}")
-        return 2
-    except KeyboardInterrupt:
-        note(f"\n{program}: interrupted")
-        return 130
+# ---- results ----------------------------------------------------------------------------------------------
+
+
+def saved_lines(path: str, name: str = "lines") -> list[dict]:
+    """The lines of a table that --json has saved."""
+    lines = read_json(Path(path)).get(name)
+    if not isinstance(lines, list):
+        raise ValueError(f"{path} has no list in `{name}`: give a file that --json of this benchmark has written")
+    return lines
+
+
+def publish(
+    arguments: argparse.Namespace, lines: list[dict], columns: report.Columns, panels, highlighted, legend=""
+) -> None:
+    """Print the table, and write the JSON and the plot that the flags ask for. panels(lines) -> what is plotted."""
+    print(report.accuracy_table(lines, columns, legend))
+    report.write_json(arguments.json, {"arguments": vars(arguments), "lines": lines})
+    if arguments.plot:
+        plots.plot(arguments.plot, panels(lines), highlighted)

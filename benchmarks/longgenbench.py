@@ -6,7 +6,6 @@ python benchmarks/longgenbench.py --score-only FILE.jsonl       rows with "answe
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -19,72 +18,61 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from problems import make_problem
 
-from benchmarks import common
-from benchmarks.common import Panel, Sizes, require
-from generate import Options, Parser, check_run, load
-from scope import STRATEGIES
+from benchmarks import common, report
+from benchmarks.common import Sizes, flag
+from benchmarks.plots import PERCENT, Panel
+from benchmarks.report import Scored, accuracy, percent, share_text
+from generate import Options, check_run, load, run_program
+from scope import STRATEGIES, require
 
 METHODS = [*STRATEGIES, "slide:score=current", "h2o:score=current"]
+HIGHLIGHTED = [
+    "full",
+    "discontinuous:score=own",
+    "discontinuous",
+    "discontinuous:score=current",
+    "h2o:score=current",
+]
 MARGIN = 16  # tokens that an answer of the mini model may have beyond the longest solution
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.guarded("longgenbench.py", lambda: benchmark(parse_arguments(argv)))
+    return run_program("longgenbench.py", lambda: benchmark(parse_arguments(argv)))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    predictions = read_predictions(arguments.score_only) if arguments.score_only else run(arguments)
-    lines = [line_of(rows, arguments.pairing) for rows in common.grouped(predictions, *common.LABELS)]
-    print(common.report(lines, COLUMNS))
-    if arguments.json:
-        content = {"arguments": vars(arguments), "lines": lines}
-        Path(arguments.json).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if arguments.plot:
-        common.plot(arguments.plot, panels(lines))
+    if arguments.from_json:
+        lines = common.saved_lines(arguments.from_json)
+    else:
+        predictions = read_predictions(arguments.score_only) if arguments.score_only else run(arguments)
+        lines = [line_of(rows, arguments.pairing) for rows in report.grouped(predictions, *report.LABELS)]
+    common.publish(arguments, lines, COLUMNS, panels, HIGHLIGHTED)
 
 
 # ---- the command line -------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    first, *_ = __doc__.split("\n")
-    parser = Parser("longgenbench.py", description=first, formatter_class=common.Help)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--mini", action="store_true", help="make problems of the bundled model's kind")
-    source.add_argument("--data", metavar="FILE.jsonl", help="rows with prompt, questions, answers, as published")
+    parser = common.make_parser("longgenbench.py", __doc__)
+    source = common.add_source_flags(parser, "prompt, questions, answers")
     source.add_argument("--score-only", metavar="FILE.jsonl", help="rows with answers and pred; runs nothing")
-    add_problem_flags(parser.add_argument_group("problems"))
+    problems = parser.add_argument_group("problems")
+    common.add_problem_flags(problems, "prompts")
+    problems.add_argument("--reference-rate", type=float, default=0.4, help="mini: share of cross-references")
+    problems.add_argument("--min-distance", type=int, default=1, help="mini: answers that a reference reaches back")
+    longest = "(default: mini: the longest solution + a margin; data: 4096 for up to 40 questions, else 8192)"
+    problems.add_argument("--max-new-tokens", type=int, help=longest)
     common.add_method_flags(parser.add_argument_group("methods"), METHODS)
-    common.add_run_flags(parser.add_argument_group("running"))
+    running = parser.add_argument_group("running")
+    running.add_argument("--batch-size", type=int, help="(default: mini: 64; data: 8)")
+    common.add_run_flags(running)
     results = parser.add_argument_group("results")
     results.add_argument("--pairing", choices=PAIRINGS, default="number", help="official: by order of appearance")
     common.add_result_flags(results)
     arguments = parser.parse_args(argv)
-    check_arguments(arguments)
+    require(0 <= arguments.reference_rate <= 1, flag("reference_rate"), arguments.reference_rate, "0 to 1")
+    common.check_flags(arguments, "prompts", "min_distance")
     return arguments
-
-
-def add_problem_flags(group) -> None:
-    group.add_argument("--k", type=int, default=16, help="mini: questions per prompt")
-    group.add_argument("--prompts", type=int, default=24, help="mini: prompts per seed")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="mini: seeds of the problems")
-    group.add_argument("--reference-rate", type=float, default=0.4, help="mini: share of cross-references")
-    group.add_argument("--min-distance", type=int, default=1, help="mini: answers that a reference reaches back")
-    group.add_argument("--limit", type=int, help="data: only the first rows")
-    group.add_argument("--no-chat", action="store_true", help="data: the paper's plain prompt, no chat template")
-    longest = "(default: mini: the longest solution + a margin; data: 4096 for up to 40 questions, else 8192)"
-    group.add_argument("--max-new-tokens", type=int, help=longest)
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    require(0 <= arguments.reference_rate <= 1, "reference_rate", arguments.reference_rate, "0 to 1")
-    for name in ("k", "prompts", "min_distance", "limit"):
-        value = getattr(arguments, name)
-        require(value is None or value >= 1, name, value, "1 or more")
-    require(len(set(arguments.seeds)) == len(arguments.seeds), "seeds", arguments.seeds, "all different")
-    if arguments.data and not arguments.predictions:
-        arguments.predictions = f"{Path(arguments.data).stem}.predictions.jsonl"
-    common.check_flags(arguments)
 
 
 # ---- examples: what is asked, and what the answers are compared with ---------------------------------------
@@ -105,10 +93,6 @@ class Example:
     def asked(self) -> dict:
         """What a prediction carries along, so that it can be scored alone."""
         return {name: getattr(self, name) for name in ("answers", "numbers", "references", "seed")}
-
-
-def mini_examples(arguments: argparse.Namespace) -> list[Example]:
-    return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.prompts)]
 
 
 def mini_example(arguments: argparse.Namespace, seed: int, i: int) -> Example:
@@ -133,13 +117,6 @@ SYSTEM = (
 )
 ABOUT = " The following are multiple choice questions (with answers) about {}."
 PLAIN = "<<SYS>>\n {} \n<</SYS>>\n\n{}"  # the form that the paper gave Llama 3.1
-
-
-def data_examples(arguments: argparse.Namespace) -> list[Example]:
-    examples = common.read_rows(Path(arguments.data), data_example)[: arguments.limit]
-    if not examples:
-        raise ValueError(f"{arguments.data} has no usable row")
-    return examples
 
 
 def data_example(row: dict) -> Example:
@@ -186,35 +163,38 @@ def prompt_ids(tokenizer, example: Example, chat: bool) -> list[int]:
 # ---- running ----------------------------------------------------------------------------------------------
 
 
+def examples_of(arguments: argparse.Namespace) -> list[Example]:
+    if arguments.mini:
+        return common.mini_examples(arguments, arguments.prompts, mini_example)
+    return common.read_some_rows(arguments.data, data_example, arguments.limit)
+
+
 def run(arguments: argparse.Namespace) -> list[dict]:
     """All predictions of all methods, from disk or generated now."""
-    examples = mini_examples(arguments) if arguments.mini else data_examples(arguments)
+    examples = examples_of(arguments)
     model, tokenizer = load(arguments.checkpoint, arguments.device, arguments.dtype)
     prompts = [prompt_ids(tokenizer, example, not arguments.no_chat) for example in examples]
     solution = max(len(tokenizer.encode(example.solution)) for example in examples)
-    settings = run_settings(arguments, solution, max(len(example.answers) for example in examples))
-    output = solution if arguments.mini else settings["max_new_tokens"]
-    jobs = common.make_jobs(arguments, settings, Sizes(statistics.mean(map(len, prompts)), output))
+    settings = settings_of(arguments, solution, max(len(example.answers) for example in examples))
+    sizes = Sizes(statistics.mean(map(len, prompts)), solution if arguments.mini else settings["max_new_tokens"])
+    jobs = common.make_jobs(arguments, arguments.methods, arguments.prompt_share, settings, sizes)
     for job in jobs:
         check_run(model.config, prompts, Options(**job.settings))
     asked = [example.asked() | {"source": source_of(arguments)} for example in examples]
-    return common.run_jobs(model, tokenizer, prompts, asked, jobs, common.Predictions(arguments.predictions))
+    return common.run_prompts(model, tokenizer, prompts, asked, jobs, common.predictions_path(arguments))
 
 
-def run_settings(arguments: argparse.Namespace, solution: int, questions: int) -> dict:
-    """The settings that no method chooses; solution: tokens of the longest one."""
+def settings_of(arguments: argparse.Namespace, solution: int, questions: int) -> dict:
+    """The settings that no method chooses. solution: tokens of the longest one; questions: the most of a prompt."""
     if arguments.mini:
-        settings = {"max_new_tokens": solution + MARGIN, "batch_size": 64, "compile": False}
-    else:
-        settings = {"max_new_tokens": 4096 if questions <= 40 else 8192, "batch_size": 8, "compile": True}
-    given = {name: getattr(arguments, name) for name in settings}
-    return settings | {name: value for name, value in given.items() if value is not None}
+        return common.run_settings(arguments, max_new_tokens=solution + MARGIN, batch_size=64, compile=False)
+    longest = 4096 if questions <= 40 else 8192
+    return common.run_settings(arguments, max_new_tokens=longest, batch_size=8, compile=True)
 
 
 def source_of(arguments: argparse.Namespace) -> str:
-    """Keeps the runs apart that share a predictions file."""
     mini = f"k={arguments.k} reference-rate={arguments.reference_rate} min-distance={arguments.min_distance}"
-    return f"{arguments.checkpoint} {mini if arguments.mini else Path(arguments.data).stem} {arguments.set}".rstrip()
+    return common.source_of(arguments, mini if arguments.mini else common.data_name(arguments))
 
 
 # ---- scoring ----------------------------------------------------------------------------------------------
@@ -261,35 +241,8 @@ def by_order(pred: str, answers: list[str], numbers: list[int]) -> list[bool]:
 PAIRINGS: dict[str, Callable] = {"number": by_number, "official": by_order}
 
 
-@dataclass(frozen=True)
-class Scored:
-    """One example's answers, in the order of the questions."""
-
-    seed: int
-    right: list[bool]
-    references: list[bool]
-
-    def part(self, i: int, parts: int) -> int:
-        """Question i lies in this one of `parts` equal stretches of the answer."""
-        return i * parts // len(self.right)
-
-
-def score(row: dict, pairing: str) -> Scored:
-    right = PAIRINGS[pairing](row["pred"], row["answers"], row["numbers"])
-    return Scored(row["seed"], right, row["references"] or [False] * len(right))
-
-
-def accuracy(scored: list[Scored], wanted=lambda row, i: True) -> tuple[float, float | None] | None:
-    """Percent and spread over the wanted questions."""
-    rights = [[right for i, right in enumerate(row.right) if wanted(row, i)] for row in scored]
-    return common.mean_and_spread([(row.seed, i, rights[i]) for i, row in enumerate(scored)])
-
-
 def read_predictions(path: str) -> list[dict]:
-    rows = common.read_rows(Path(path), checked_prediction)
-    if not rows:
-        raise ValueError(f"{path} has no usable row")
-    return [{"method": Path(path).stem} | row for row in rows]
+    return [{"method": Path(path).stem} | row for row in common.read_some_rows(path, checked_prediction)]
 
 
 def checked_prediction(row: dict) -> dict:
@@ -309,65 +262,56 @@ def checked_prediction(row: dict) -> dict:
 
 def line_of(rows: list[dict], pairing: str) -> dict:
     """All there is to say about one method at one budget."""
-    scored = [score(row, pairing) for row in rows]
-    cross = accuracy(scored, lambda row, i: row.references[i])
+    right = [PAIRINGS[pairing](row["pred"], row["answers"], row["numbers"]) for row in rows]
+    scored = [Scored(row["seed"], scores) for row, scores in zip(rows, right, strict=True)]
+    references = [row["references"] or [False] * len(row["answers"]) for row in rows]
+    cross = accuracy(scored, lambda prompt, i: references[prompt][i])
     return {
-        **{name: rows[0].get(name) for name in common.LABELS},
+        **{name: rows[0].get(name) for name in report.LABELS},
         "accuracy": accuracy(scored),
-        "plain": accuracy(scored, lambda row, i: not row.references[i]) if cross else None,
+        "plain": accuracy(scored, lambda prompt, i: not references[prompt][i]) if cross else None,
         "cross_reference": cross,
-        "quartiles": by_part(scored, 4),
-        "eighths": by_part(scored, 8),
+        "quartiles": report.accuracy_by_part(scored, 4),
+        "eighths": report.accuracy_by_part(scored, 8),
         "prompts": len(rows),
-        "examples": [100 * statistics.mean(row.right) for row in scored],
-        **common.costs(rows),
+        "examples": [100 * statistics.mean(row.scores) for row in scored],
+        **report.costs(rows),
     }
 
 
-def by_part(scored: list[Scored], parts: int) -> list[float | None]:
-    """Accuracy in each of `parts` equal stretches of the answer; None where a short answer has no question."""
-    found = [accuracy(scored, lambda row, i, part=part: row.part(i, parts) == part) for part in range(parts)]
-    return [each and each[0] for each in found]
-
-
-COLUMNS: dict[str, Callable[[dict], str]] = {
-    **common.LABEL_COLUMNS,
+COLUMNS: report.Columns = {
+    **report.LABEL_COLUMNS,
     "prompts": lambda line: str(line["prompts"]),
-    "accuracy": lambda line: common.percent(line["accuracy"]),
-    "plain": lambda line: common.percent(line["plain"]),
-    "cross-ref": lambda line: common.percent(line["cross_reference"]),
-    **{f"Q{i + 1}": lambda line, i=i: common.percent(line["quartiles"][i]) for i in range(4)},
-    **common.COST_COLUMNS,
+    "accuracy": percent("accuracy"),
+    "plain": percent("plain"),
+    "cross-ref": percent("cross_reference"),
+    **report.QUARTER_COLUMNS,
+    **report.COST_COLUMNS,
 }
 
 
-def panels(lines: list[dict]) -> list[list[Panel]]:
-    """A row for every prompt share: accuracy by question position at each decode budget, then by decode budget."""
+def panels(lines: list[dict]) -> list[Panel]:
+    """Accuracy by question position, for each prompt share and decode budget; of many budgets, also by budget."""
     made = []
-    for group in common.grouped(lines, "source", "prompt_share"):
-        budgets = [x for x in common.grouped(group, "decode_budget") if x[0]["decode_budget"] != 1]
-        full = [line for line in group if line["decode_budget"] == 1]  # keeps all of the output: in every panel
-        by_position = [position_panel(full + budget) for budget in budgets or [[]]]
-        made.append(by_position + [budget_panel(full, budgets)] * (len(budgets) > 1))
+    for group in report.grouped(lines, "source", "prompt_share"):
+        budgets = report.by_budget(group)
+        made += [position_panel(budget) for budget in budgets]
+        made += [budget_panel(budgets)] if len(budgets) > 2 else []
     return made
 
 
 def position_panel(lines: list[dict]) -> Panel:
     curves = {line["method"]: [(i + 1, y) for i, y in enumerate(line["eighths"]) if y is not None] for line in lines}
-    return Panel(title(lines[-1], "decode_budget"), "question position (eighths of the answer)", curves)
+    return Panel(report.budget_title(lines[-1]), "eighth of the answer", PERCENT, curves)
 
 
-def budget_panel(full: list[dict], budgets: list[list[dict]]) -> Panel:
+def budget_panel(budgets: list[list[dict]]) -> Panel:
     curves: dict[str, list] = {}
-    for budget in budgets:
-        for line in full + budget:
-            curves.setdefault(line["method"], []).append((100 * budget[0]["decode_budget"], line["accuracy"][0]))
-    return Panel(title(budgets[0][0]), "decode budget (% of the output)", curves, log_x=True)
-
-
-def title(line: dict, *more: str) -> str:
-    shares = [(name, line[name]) for name in ("prompt_share", *more) if line[name] is not None]
-    return ", ".join(f"{name.split('_')[0]} {common.share_text(share)}" for name, share in shares)
+    for lines in sorted(budgets, key=lambda lines: lines[-1]["decode_budget"]):
+        for line in lines:
+            curves.setdefault(line["method"], []).append((100 * lines[-1]["decode_budget"], line["accuracy"][0]))
+    title = f"all questions, prompt {share_text(budgets[0][-1]['prompt_share'])}"
+    return Panel(title, "decode budget (% of the output)", PERCENT, curves)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ from statistics import median
 
 import torch
 
-from benchmarks import common, machine
-from benchmarks.common import Progress, figure, require
-from benchmarks.shapes import SHAPES, random_model, random_rows
-from cache import Shape
+from benchmarks import machine, report
+from benchmarks.common import Progress
+from benchmarks.report import figure
+from benchmarks.shapes import SHAPES, random_model, random_prompts
+from cache import CacheSize
 from generate import Engine, Options
-from scope import COMPRESSORS, FULL, WHOLE, Prompt
+from scope import COMPRESSORS, FULL, WHOLE_PROMPT, PromptPolicy, require
 
 OBS_WINDOW = 32  # last tokens of the prompt that every compressor keeps
 WARM_UP = 64  # tokens of a prefill before the one that is timed
@@ -26,15 +27,15 @@ WARM_UP = 64  # tokens of a prefill before the one that is timed
 
 def check(arguments: argparse.Namespace) -> None:
     budget = arguments.prompt_budget
-    Prompt(WHOLE.compress, budget, OBS_WINDOW)  # refuses what is impossible
+    PromptPolicy(WHOLE_PROMPT.compress, budget, OBS_WINDOW)  # refuses what is impossible
     wanted = f"more than --prompt-budget {budget}: else there is nothing to choose"
     for tokens in arguments.prefill or []:
-        require(tokens > budget, "prefill", tokens, wanted)
+        require(tokens > budget, "--prefill", tokens, wanted)
     if arguments.prefill and arguments.plot:
         raise ValueError("--plot draws decode steps: it does not go with --prefill")
 
 
-def report(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
+def compare(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
     runs: dict[tuple[int, str], list[dict]] = {}
     work = list(product(range(arguments.rounds), arguments.prefill, COMPRESSORS))  # A B A B
     bar = Progress(len(work), "prefills")
@@ -43,8 +44,8 @@ def report(arguments: argparse.Namespace, device: torch.device, about: dict) -> 
         bar.show(number, f"{tokens} tokens, {compressor}")
     bar.close()
     lines = [line_of(arguments, runs, *key) for key in runs]
-    print(common.known_table(lines, COLUMNS), LEGEND, sep="\n")
-    common.write_json(arguments.json, about | {"prefill": lines})
+    print(report.table(lines, COLUMNS), LEGEND, sep="\n")
+    report.write_json(arguments.json, about | {"prefill": lines})
 
 
 def run_child(arguments: argparse.Namespace, compressor: str, tokens: int) -> dict:
@@ -62,15 +63,15 @@ def once(arguments: argparse.Namespace, device: torch.device, compressor: str, t
     prompt = {"compress": compressor, "prompt_budget": arguments.prompt_budget, "obs_window": OBS_WINDOW}
     options = Options(policy=FULL.name, max_new_tokens=1, compile=False, **prompt)
     model, lengths = random_model(arguments.shape, device, arguments.dtype), [WARM_UP, int(tokens)]
-    engine = Engine(model, options, [], Shape(1, lengths, options.max_new_tokens))
+    engine = Engine(model, options, [], CacheSize(1, lengths, options.max_new_tokens))
     for length in lengths:
-        engine.prefill(random_rows(model.config, 1, length))
+        engine.prefill(random_prompts(model.config, 1, length), [0])
     return {"prefill_s": engine.prefill_s, "peak_bytes": machine.peak_bytes(device)}
 
 
 def line_of(arguments: argparse.Namespace, runs: dict, tokens: int, compressor: str) -> dict:
     """Medians of the rounds. A ratio compares two runs of the same round."""
-    own, plain = runs[tokens, compressor], runs[tokens, WHOLE.compress]
+    own, plain = runs[tokens, compressor], runs[tokens, WHOLE_PROMPT.compress]
     return {
         "shape": arguments.shape,
         "prompt": tokens,

@@ -26,94 +26,69 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from problems import RESULT, make_problem
 
-from benchmarks import common
-from benchmarks.common import Job, Panel, Progress, Sizes, require
-from cache import Cache, Shape
-from generate import (
-    Conversation,
-    Moment,
-    Options,
-    Parser,
-    Result,
-    Tokenizer,
-    limit_of,
-    load,
-    note,
-    one_line,
-    without_stop,
-)
+from benchmarks import common, report
+from benchmarks.common import Job, Progress, Sizes, flag
+from benchmarks.plots import PERCENT, Panel
+from benchmarks.report import Scored, accuracy, figure, percent_at, share_text
+from cache import Cache
+from generate import Conversation, Options, Result, Snapshot, load, note, run_program, size_of
+from hf.tokenizer import Tokenizer, without_stop
+from scope import one_line, require
 
 METHODS = ["full", "slide", "discontinuous", "h2o", "h2o:score=current", "streaming"]
 METHODS += ["full:compress=h2o", "full:compress=snapkv", "full:compress=streaming"]
+HIGHLIGHTED = ["full", "discontinuous", "slide", "h2o", "streaming"]
 MARGIN = 4  # tokens that an answer of the mini model may have beyond the longest solution
 HUB = "microsoft/SCBench"
 
 
 def main(argv: list[str] | None = None) -> int:
-    return common.guarded("scbench.py", lambda: benchmark(parse_arguments(argv)))
+    return run_program("scbench.py", lambda: benchmark(parse_arguments(argv)))
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    predictions = run(arguments)
-    lines = [line_of(rows) for rows in common.grouped(predictions, *common.LABELS)]
-    print(common.report(lines, COLUMNS, LEGEND))
-    common.write_json(arguments.json, {"arguments": vars(arguments), "lines": lines})
-    if arguments.plot:
-        common.plot(arguments.plot, panels(lines))
+    if arguments.from_json:
+        lines = common.saved_lines(arguments.from_json)
+    else:
+        lines = [line_of(rows) for rows in report.grouped(run(arguments), *report.LABELS)]
+    common.publish(arguments, lines, COLUMNS, panels, HIGHLIGHTED, LEGEND)
 
 
 # ---- the command line -------------------------------------------------------------------------------------
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    first, *_ = __doc__.split("\n")
-    parser = Parser("scbench.py", description=first, formatter_class=common.Help)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--mini", action="store_true", help="make problems of the bundled model's kind")
-    source.add_argument("--data", metavar="FILE.jsonl", help="rows with context and multi_turns, as published")
+    parser = common.make_parser("scbench.py", __doc__)
+    source = common.add_source_flags(parser, "context and multi_turns")
     source.add_argument("--hub", metavar="TASK", help=f"data/TASK.jsonl of {HUB}: {', '.join(TASKS)}")
-    add_problem_flags(parser.add_argument_group("queries"))
+    queries = parser.add_argument_group("queries")
+    common.add_problem_flags(queries, "contexts")
+    add_query_flags(queries)
     shares = "of the methods that name a compressor: the share of the context that it keeps"
-    group = parser.add_argument_group("methods")
-    common.add_method_flags(group, METHODS, budgets=[0.5], shares=[0.8, 0.6], share_help=shares)
-    common.add_run_flags(parser.add_argument_group("running"), batches=False)
+    methods = parser.add_argument_group("methods")
+    common.add_method_flags(methods, METHODS, budgets=[0.5], shares=[0.8, 0.6], share_help=shares)
+    common.add_run_flags(parser.add_argument_group("running"))
     common.add_result_flags(parser.add_argument_group("results"))
     arguments = parser.parse_args(argv)
-    check_arguments(arguments)
+    check_references(arguments)
+    if common.data_name(arguments):
+        task = task_of(arguments)
+        if task not in TASKS:
+            raise ValueError(f"task {task} has no scorer here: --task must be one of {', '.join(TASKS)}")
+    common.check_flags(arguments, "contexts")
     return arguments
 
 
-def add_problem_flags(group) -> None:
+def add_query_flags(group) -> None:
     group.add_argument("--mode", choices=["multi-request", "multi-turn"], default="multi-request", help="what follows "
                        "the context: requests that do not know of each other, or turns of a conversation")  # fmt: skip
     own = "multi-turn: a later turn sees what the model has answered (default: the reference answers)"
     group.add_argument("--own-answers", action="store_true", help=own)
-    group.add_argument("--k", type=int, default=16, help="mini: questions per context, all of them asked")
-    group.add_argument("--contexts", type=int, default=24, help="mini: contexts per seed")
-    group.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="mini: seeds of the contexts")
     rate = "mini: share of cross-references (default: multi-request: none; multi-turn: 0.4)"
     group.add_argument("--reference-rate", type=float, help=rate)
     group.add_argument("--task", help="data: what the rows are (default: the file's name)")
-    group.add_argument("--limit", type=int, help="data: only the first rows")
-    group.add_argument("--no-chat", action="store_true", help="data: plain prompts, no chat template")
     longest = "of an answer (default: mini: the longest solution + a margin; data: as the task has it)"
     group.add_argument("--max-new-tokens", type=int, help=longest)
-
-
-def check_arguments(arguments: argparse.Namespace) -> None:
-    check_references(arguments)
-    for name in ("k", "contexts", "limit"):
-        value = getattr(arguments, name)
-        require(value is None or value >= 1, name, value, "1 or more")
-    require(len(set(arguments.seeds)) == len(arguments.seeds), "seeds", arguments.seeds, "all different")
-    if not arguments.mini:
-        name = Path(arguments.data or arguments.hub).stem
-        arguments.task = arguments.task or name
-        arguments.predictions = arguments.predictions or f"{name}.predictions.jsonl"
-        check_task(arguments.task)
-    for method in arguments.methods:
-        common.parse_method(method)  # refuses what there is not
-    common.check_flags(arguments)
 
 
 def check_references(arguments: argparse.Namespace) -> None:
@@ -121,15 +96,20 @@ def check_references(arguments: argparse.Namespace) -> None:
     turns = arguments.mode == "multi-turn"
     if arguments.own_answers and not turns:
         raise ValueError("--own-answers goes with --mode multi-turn: a request sees no other one's answer")
-    if arguments.reference_rate is None:
-        arguments.reference_rate = 0.4 if turns else 0.0
+    rate, most = reference_rate(arguments), 1 if turns else 0
     wanted = "0 to 1" if turns else "0: a request cannot refer to another one's answer, --mode multi-turn can"
-    require(0 <= arguments.reference_rate <= turns, "reference_rate", arguments.reference_rate, wanted)
+    require(0 <= rate <= most, flag("reference_rate"), rate, wanted)
 
 
-def check_task(name: str) -> None:
-    if name not in TASKS:
-        raise ValueError(f"task {name} has no scorer here: --task must be one of {', '.join(TASKS)}")
+def reference_rate(arguments: argparse.Namespace) -> float:
+    if arguments.reference_rate is not None:
+        return arguments.reference_rate
+    return 0.4 if arguments.mode == "multi-turn" else 0.0
+
+
+def task_of(arguments: argparse.Namespace) -> str:
+    """Which of TASKS the rows of a data file are."""
+    return arguments.task or common.data_name(arguments)
 
 
 # ---- tasks: what is said around a context and a query, and how an answer is scored, 0 to 1 -------------------
@@ -199,39 +179,30 @@ NUMBER = r"-?\d+(?:\.\d+)?"
 @dataclass(frozen=True)
 class Task:
     score: Callable[[str, list[str]], float]
-    max_new_tokens: int = 0
+    max_new_tokens: int
     start: str = ""  # before the context
     query: str = "{input}"
 
 
 # Texts and lengths as the benchmark has them. Not here: summaries and code, which need ROUGE and RepoQA's parser.
+VALUE = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+PASS_KEY = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
+    "about the important information.\n\n"
+)
+BOOK = "Read the book and answer the question."
+QUESTION = "Question: {input}\nAnswer:"
+CHOICE = "Question: {input}\n{options}\n\nThe letter of the correct answer is"
 TASKS = {
-    "scbench_kv": Task(
-        contains, 150, "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-    ),
+    "scbench_kv": Task(contains, 150, VALUE),
     "scbench_prefix_suffix": Task(contains, 150),
     "scbench_vt": Task(share_named, 30),
-    "scbench_qa_eng": Task(
-        word_f1,
-        40,
-        "Read the book and answer the question. Be very concise in your answer.\n\n",
-        "Question: {input}\nAnswer:",
-    ),
+    "scbench_qa_eng": Task(word_f1, 40, f"{BOOK} Be very concise in your answer.\n\n", QUESTION),
     "scbench_qa_chn": Task(character_f1, 40, "阅读以下书籍然后回答问题。\n\n", "问题：{input}\n答案："),
-    "scbench_choice_eng": Task(
-        letter,
-        40,
-        "Read the book and answer the question.\n\n",
-        "Question: {input}\n{options}\n\nThe letter of the correct answer is",
-    ),
+    "scbench_choice_eng": Task(letter, 40, f"{BOOK}\n\n", CHOICE),
     "scbench_many_shot": Task(names_one, 10),
     "scbench_mf": Task(first_number, 5, query="{what}{input}"),
-    "scbench_passkey": Task(
-        first_number,
-        15,
-        "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
-        "about the important information.\n\n",
-    ),
+    "scbench_passkey": Task(first_number, 15, PASS_KEY),
 }
 SCORERS = {name: task.score for name, task in TASKS.items()} | {"mini": solution}
 
@@ -255,13 +226,9 @@ class Example:
         return {name: getattr(self, name) for name in ("task", "answers", "seed")}
 
 
-def mini_examples(arguments: argparse.Namespace) -> list[Example]:
-    return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.contexts)]
-
-
 def mini_example(arguments: argparse.Namespace, seed: int, i: int) -> Example:
     """Every question of a problem, each asked for alone, by the beginning of its answer."""
-    problem = make_problem(f"scbench {seed} {i}", arguments.k, arguments.reference_rate)
+    problem = make_problem(f"scbench {seed} {i}", arguments.k, reference_rate(arguments))
     order = random_order(arguments.k, references_of(problem.prompt), Random(f"order {seed} {i}"))
     solutions = [line.partition(":")[2] for line in problem.answer.splitlines()]
     return Example(
@@ -287,14 +254,6 @@ def random_order(k: int, references: dict[int, int], rng: Random) -> list[int]:
         order.append(rng.choice([label for label in sorted(waiting) if references.get(label) not in waiting]))
         waiting.remove(order[-1])
     return order
-
-
-def data_examples(arguments: argparse.Namespace) -> list[Example]:
-    path = Path(arguments.data or download(arguments.hub))
-    examples = common.read_rows(path, partial(data_example, arguments.task))[: arguments.limit]
-    if not examples:
-        raise ValueError(f"{path} has no usable row")
-    return examples
 
 
 def download(task: str) -> str:
@@ -419,23 +378,28 @@ def make_dialogue(arguments: argparse.Namespace, tokenizer: Tokenizer, example: 
 # ---- running ----------------------------------------------------------------------------------------------
 
 
+def examples_of(arguments: argparse.Namespace) -> list[Example]:
+    if arguments.mini:
+        return common.mini_examples(arguments, arguments.contexts, mini_example)
+    path = arguments.data or download(arguments.hub)
+    return common.read_some_rows(path, partial(data_example, task_of(arguments)), arguments.limit)
+
+
 def run(arguments: argparse.Namespace) -> list[dict]:
     """All predictions of all methods, from disk or generated now."""
-    examples = mini_examples(arguments) if arguments.mini else data_examples(arguments)
+    examples = examples_of(arguments)
     model, tokenizer = load(arguments.checkpoint, arguments.device, arguments.dtype)
     if arguments.mini:
         tokenizer = stops_at_newline(tokenizer)
     longest = longest_answer(arguments, tokenizer, examples)
-    settings = run_settings(arguments, longest)
+    settings = settings_of(arguments, longest)
     pairs = [(example, make_dialogue(arguments, tokenizer, example)) for example in examples]
-    pairs = fitting(pairs, limit_of(model.config)[0], settings["max_new_tokens"])
+    pairs = fitting(pairs, model.config.context_limit()[0], settings["max_new_tokens"])
     dialogues = [dialogue for _, dialogue in pairs]
-    sizes = Sizes(statistics.mean(len(each.context) for each in dialogues), longest)
-    jobs = make_jobs(arguments, settings, sizes)
+    jobs = jobs_of(arguments, settings, Sizes(statistics.mean(len(each.context) for each in dialogues), longest))
     asked = [example.asked() | {"source": source_of(arguments)} for example, _ in pairs]
-    work = partial(predict, model, tokenizer, dialogues)
-    predictions = common.Predictions(arguments.predictions)
-    return common.complete(model, list(map(asdict, dialogues)), asked, jobs, predictions, work, "conversations")
+    inputs, work = list(map(asdict, dialogues)), partial(predict, model, tokenizer, dialogues)
+    return common.run_jobs(model, inputs, asked, jobs, common.predictions_path(arguments), work, "conversations")
 
 
 def stops_at_newline(tokenizer: Tokenizer) -> Tokenizer:
@@ -446,16 +410,15 @@ def stops_at_newline(tokenizer: Tokenizer) -> Tokenizer:
 def longest_answer(arguments: argparse.Namespace, tokenizer: Tokenizer, examples: list[Example]) -> int:
     """Tokens that an answer may take: what the decode budgets are shares of."""
     if not arguments.mini:
-        return arguments.max_new_tokens or TASKS[arguments.task].max_new_tokens
+        return arguments.max_new_tokens or TASKS[task_of(arguments)].max_new_tokens
     lines = {reference + "\n" for example in examples for reference in example.references}
     return max(len(tokenizer.encode(line, bos=False)) for line in lines)
 
 
-def run_settings(arguments: argparse.Namespace, longest: int) -> dict:
+def settings_of(arguments: argparse.Namespace, longest: int) -> dict:
     """The settings that no method chooses."""
-    settings = {"max_new_tokens": longest + MARGIN * arguments.mini, "compile": not arguments.mini}
-    given = {name: getattr(arguments, name) for name in settings}
-    return settings | {name: value for name, value in given.items() if value is not None}
+    margin = MARGIN if arguments.mini else 0
+    return common.run_settings(arguments, max_new_tokens=longest + margin, compile=not arguments.mini)
 
 
 def fitting(pairs: list[tuple[Example, Dialogue]], limit: int, T: int) -> list[tuple[Example, Dialogue]]:
@@ -469,84 +432,75 @@ def fitting(pairs: list[tuple[Example, Dialogue]], limit: int, T: int) -> list[t
     return [pair for pair, total in zip(pairs, totals, strict=True) if total <= limit]
 
 
-def make_jobs(arguments: argparse.Namespace, settings: dict, sizes: Sizes) -> list[Job]:
+def jobs_of(arguments: argparse.Namespace, settings: dict, sizes: Sizes) -> list[Job]:
     """Methods that name a compressor run at every prompt share, the others with the whole context."""
-    shared, methods = common.parse_settings(arguments.set), {True: [], False: []}
-    for text in arguments.methods:
-        methods["compress" in shared | common.parse_method(text).settings].append(text)
-    shares = {False: [1.0], True: arguments.prompt_share}
-    chosen = [vars(arguments) | {"methods": methods[x], "prompt_share": shares[x]} for x in (False, True)]
-    return [job for each in chosen for job in common.make_jobs(argparse.Namespace(**each), settings, sizes)]
+    shared = common.parse_settings(arguments.set)
+    compressing = [m for m in arguments.methods if "compress" in shared | common.parse_method(m).settings]
+    others = [m for m in arguments.methods if m not in compressing]
+    jobs = common.make_jobs(arguments, others, [1.0], settings, sizes)
+    return jobs + common.make_jobs(arguments, compressing, arguments.prompt_share, settings, sizes)
 
 
 def source_of(arguments: argparse.Namespace) -> str:
-    """Keeps the runs apart that share a predictions file."""
-    what = f"k={arguments.k} reference-rate={arguments.reference_rate}" if arguments.mini else arguments.task
-    mode = arguments.mode + " own-answers" * arguments.own_answers
-    return f"{arguments.checkpoint} {what} {mode} {arguments.set}".rstrip()
+    mini = f"k={arguments.k} reference-rate={reference_rate(arguments)}"
+    mode = arguments.mode + (" own-answers" if arguments.own_answers else "")
+    return common.source_of(arguments, mini if arguments.mini else task_of(arguments), mode)
 
 
 def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job: Job, bar: Progress) -> Iterator:
     """(index, prediction) of each missing dialogue."""
-    before, name, slots = bar.done, job.labels["method"], max_context(model, dialogues, job)
+    before, slots = bar.done, max_context(model, dialogues, Options(**job.settings))
     for number, i in enumerate(missing):
-        context, reads = dialogues[i].context, dialogues[i].reads
-        settings = {"max_context": slots} | job.settings
-        conversation = Conversation(model, tokenizer, context, **settings)
+        conversation = Conversation(model, tokenizer, dialogues[i].context, **{"max_context": slots} | job.settings)
         prefill_s, turns = conversation.engine.prefill_s, []
         for turn in converse(conversation, dialogues[i]):
             turns.append(turn)
-            bar.show(before + number + len(turns) / len(reads), name)
-        restart = restart_of(conversation, conversation.moments[0])
+            bar.show(before + number + len(turns) / len(dialogues[i].reads), job.labels["method"])
+        restart = restart_of(conversation, conversation.snapshots[0])
         yield i, prediction_of(prefill_s, turns) | {"restart": restart}
 
 
-def max_context(model, dialogues: list[Dialogue], job: Job) -> int:
+def max_context(model, dialogues: list[Dialogue], options: Options) -> int:
     """Slots for the largest of the dialogues: the graphs that were compiled for one serve them all."""
-    options = Options(**job.settings)
+    size = size_of([dialogue.context for dialogue in dialogues], replace(options, batch_size=1))
     with torch.device("meta"):  # sizes only
-        lengths = [len(dialogue.context) for dialogue in dialogues]
-        cache = Cache(model.config, *options.rules(), Shape(1, lengths, options.max_new_tokens), torch.float32)
+        slots = max(Cache(model.config, *options.rules(), size, torch.float32).slots[0])
     room = max(dialogue.room(options.max_new_tokens) for dialogue in dialogues)
-    return min(max(cache.slots[0]) + room, limit_of(model.config)[0])
+    return min(slots + room, model.config.context_limit()[0])
 
 
 @dataclass(frozen=True)
 class Turn:
     """One query and its answer, with what they took."""
 
-    asked: Moment  # before the answer
+    asked: Snapshot  # before the answer
     result: Result
     start_s: float  # from the query to the first token, rewinding included
+
+    @property
+    def stop(self) -> int | None:
+        """The token that ended the answer; None: its longest length ended it."""
+        return self.result.token_ids[-1] if self.result.finish_reason == "stop" else None
 
 
 def converse(conversation: Conversation, dialogue: Dialogue) -> Iterator[Turn]:
     """Ask all queries, as requests or as turns."""
-    shared, turn = conversation.mark(), None
+    context, clock, turn = conversation.mark(), Clock(conversation), None
     for ids in dialogue.reads:
-        if dialogue.own_answers and turn:
-            ids = without_stop(conversation.tokenizer, ids, turn.result)
-        turn = ask(conversation, back_to(dialogue, shared, turn), ids)
+        clock.lap()
+        if turn and dialogue.requests:
+            conversation.rewind(context)
+        elif turn and dialogue.own_answers:
+            ids = without_stop(conversation.tokenizer, ids, turn.stop)
+        elif turn:
+            conversation.rewind(turn.asked)  # `ids` begin with the reference answer
+        conversation.read(ids)
+        start_s = clock.lap()
+        turn = Turn(conversation.mark(), conversation.answer(), start_s)
         yield turn
 
 
-def back_to(dialogue: Dialogue, shared: Moment, before: Turn | None) -> Moment | None:
-    """The moment that the next query follows; None: now."""
-    if before is None or dialogue.own_answers:
-        return None
-    return shared if dialogue.requests else before.asked
-
-
-def ask(conversation: Conversation, back: Moment | None, ids: list[int]) -> Turn:
-    clock = Clock(conversation)
-    if back:
-        conversation.rewind(back)
-    conversation.read(ids)
-    start_s = clock.lap()
-    return Turn(asked=conversation.mark(), result=conversation.answer(), start_s=start_s)
-
-
-def restart_of(conversation: Conversation, context: Moment) -> float | None:
+def restart_of(conversation: Conversation, context: Snapshot) -> float | None:
     """Rewinding and the first decode step after it, over the median decode step."""
     clock, steps = Clock(conversation), []
     conversation.rewind(context)
@@ -559,7 +513,8 @@ class Clock:
     """Seconds of one thing after the other, the device's part included."""
 
     def __init__(self, conversation: Conversation):
-        self.wait, self.last = conversation.engine.wait, 0.0
+        self.wait = conversation.engine.wait
+        self.last = 0.0
         self.lap()
 
     def lap(self) -> float:
@@ -570,16 +525,14 @@ class Clock:
 
 def prediction_of(prefill_s: float, turns: list[Turn]) -> dict:
     stats = [asdict(turn.result.stats) for turn in turns]
-    stats[0] |= {
-        "live_peak": max(each["live_peak"] for each in stats),
-        "tokens_per_s": statistics.mean(each["tokens_per_s"] for each in stats),
-    }
+    most = {"live_peak": max(each["live_peak"] for each in stats)}
+    mean = {"tokens_per_s": statistics.mean(each["tokens_per_s"] for each in stats)}
     return {
         "preds": [turn.result.text for turn in turns],
         "finish_reasons": [turn.result.finish_reason for turn in turns],
         "prefill_s": prefill_s,
         "start_s": [turn.start_s for turn in turns],
-        "stats": stats[0],
+        "stats": stats[0] | most | mean,
     }
 
 
@@ -588,81 +541,70 @@ def prediction_of(prefill_s: float, turns: list[Turn]) -> dict:
 
 def line_of(rows: list[dict]) -> dict:
     """All there is to say about one method at one budget."""
+    scored = list(map(scored_of, rows))
     return {
-        **{name: rows[0].get(name) for name in common.LABELS},
+        **{name: rows[0].get(name) for name in report.LABELS},
         "contexts": len(rows),
-        "accuracy": accuracy(rows),
-        "first": accuracy(rows, lambda i, n: i == 0),
-        "last": accuracy(rows, lambda i, n: i == n - 1),
-        "quarters": [accuracy(rows, lambda i, n, part=part: i * 4 // n == part) for part in range(4)],
-        "by_turn": by_turn(rows),
+        "accuracy": accuracy(scored),
+        "first": accuracy(scored, lambda prompt, i: i == 0),
+        "last": accuracy(scored, lambda prompt, i: i == len(scored[prompt].scores) - 1),
+        "quartiles": report.accuracy_by_part(scored, 4),
+        "by_turn": by_turn(scored),
         **times(rows),
-        **common.costs(rows),
+        **report.costs(rows),
     }
 
 
-def accuracy(rows: list[dict], wanted=lambda i, n: True) -> tuple[float, float | None] | None:
-    """Percent and spread over the wanted ones of a context's n queries."""
-    scores = [[x for i, x in enumerate(scores_of(row)) if wanted(i, len(row["preds"]))] for row in rows]
-    return common.mean_and_spread(
-        [(row["seed"], i, each) for i, (row, each) in enumerate(zip(rows, scores, strict=True))]
-    )
+def scored_of(row: dict) -> Scored:
+    score, pairs = SCORERS[row["task"]], zip(row["preds"], row["answers"], strict=True)
+    return Scored(row["seed"], [score(pred, answers) for pred, answers in pairs])
 
 
-def scores_of(row: dict) -> list[float]:
-    score = SCORERS[row["task"]]
-    return [score(pred, answers) for pred, answers in zip(row["preds"], row["answers"], strict=True)]
-
-
-def by_turn(rows: list[dict]) -> list[tuple[float, float]]:
+def by_turn(scored: list[Scored]) -> list[tuple[float, float]]:
     """(turn, percent right), at most 8 points: neighbouring turns together."""
-    turns = max(len(row["preds"]) for row in rows)
+    turns = max(len(row.scores) for row in scored)
     parts = min(turns, 8)
     points = []
     for part in range(parts):
         numbers = [i for i in range(turns) if i * parts // turns == part]
-        mean, _ = accuracy(rows, lambda i, n, numbers=numbers: i in numbers)
+        mean, _ = accuracy(scored, lambda prompt, i, numbers=numbers: i in numbers)
         points.append((statistics.mean(numbers) + 1, mean))
     return points
 
 
 def times(rows: list[dict]) -> dict:
     """Medians: seconds to the first token of the first query, of later ones, and of each turn."""
-    starts = [starts_of(row) for row in rows]
-    first, later = [seconds[0] for seconds in starts], [x for seconds in starts for x in seconds[1:]]
-    restarts = [row["restart"] for row in rows if row["restart"] is not None]
-    prefill_s, first_start_s = statistics.median(row["prefill_s"] for row in rows), statistics.median(first)
-    known = {"prefill_s": prefill_s, "first_start_s": first_start_s, "start_by_turn": medians_by_turn(starts)}
-    if later:
-        saved_s = first_start_s - statistics.median(later)
-        known |= {"later_start_s": statistics.median(later)}
-        known |= {"saved": saved_s / first_start_s, "saved_prefills": saved_s / prefill_s}
-    return known | ({"restart": statistics.median(restarts)} if restarts else {})
+    starts = [[row["prefill_s"] + row["start_s"][0], *row["start_s"][1:]] for row in rows]  # the first one waits
+    prefill_s, first_s = (statistics.median(each) for each in ([row["prefill_s"] for row in rows], column(starts, 0)))
+    known = {"prefill_s": prefill_s, "first_start_s": first_s}
+    known["start_by_turn"] = [(i + 1, statistics.median(column(starts, i))) for i in range(max(map(len, starts)))]
+    if later := [x for seconds in starts for x in seconds[1:]]:
+        later_s = statistics.median(later)
+        known |= {"later_start_s": later_s, "saved": 1 - later_s / first_s}
+        known |= {"saved_prefills": (first_s - later_s) / prefill_s}
+    if restarts := [row["restart"] for row in rows if row["restart"] is not None]:
+        known["restart"] = statistics.median(restarts)
+    return known
 
 
-def starts_of(row: dict) -> list[float]:
-    """Seconds to the first token of each query; the first one waits for the context's prefill."""
-    first, *later = row["start_s"]
-    return [row["prefill_s"] + first, *later]
+def column(rows: list[list[float]], i: int) -> list[float]:
+    """Entry i of all rows that have one."""
+    return [row[i] for row in rows if i < len(row)]
 
 
-def medians_by_turn(rows: list[list[float]]) -> list[tuple[int, float]]:
-    turns = [[row[i] for row in rows if i < len(row)] for i in range(max(map(len, rows)))]
-    return [(number, statistics.median(each)) for number, each in enumerate(turns, 1)]
-
-
-COLUMNS: dict[str, Callable[[dict], str]] = {
-    **common.LABEL_COLUMNS,
+COLUMNS: report.Columns = {
+    **report.LABEL_COLUMNS,
     "contexts": lambda line: str(line["contexts"]),
-    "accuracy": lambda line: common.percent(line["accuracy"]),
-    **{name: lambda line, name=name: common.percent(line[name] and line[name][0]) for name in ("first", "last")},
-    **{f"Q{i + 1}": lambda line, i=i: common.percent(line["quarters"][i] and line["quarters"][i][0]) for i in range(4)},
-    **common.COST_COLUMNS,
-    "prefill ms": common.figure("prefill_s", ".1f", 1e-3),
-    "first start": common.figure("first_start_s", ".1f", 1e-3),
-    "later": common.figure("later_start_s", ".1f", 1e-3),
-    "saved": common.figure("saved", ".0%"),
-    "restart": common.figure("restart", ".2f"),
+    "accuracy": report.percent("accuracy"),
+    "first": percent_at("first", 0),
+    "last": percent_at("last", 0),
+    **report.QUARTER_COLUMNS,
+    **report.COST_COLUMNS,
+    "prefill ms": figure("prefill_s", ".1f", 1e-3),
+    "first start": figure("first_start_s", ".1f", 1e-3),
+    "later": figure("later_start_s", ".1f", 1e-3),
+    "saved": figure("saved", ".0%"),
+    "restart": figure("restart", ".2f"),
 }
 LEGEND = """
 first, last: query of each context; Q1 to Q4: quarters of its queries. first start, later: ms to the first token of the
@@ -670,22 +612,36 @@ first query, prefill included, and of a later one, medians; saved: 1 - later / f
 first decode step after it, over the median decode step."""
 
 
-def panels(lines: list[dict]) -> list[list[Panel]]:
-    """Above accuracy by turn, below the time to the first token; a column for every prompt share and decode budget."""
-    columns = []
-    for group in common.grouped(lines, "source", "prompt_share"):
-        budgets = [x for x in common.grouped(group, "decode_budget") if x[0]["decode_budget"] != 1]
-        full = [line for line in group if line["decode_budget"] == 1]  # keeps all of the output: in every panel
-        columns += [column(full + budget) for budget in budgets or [[]]]
-    return [list(row) for row in zip(*columns, strict=True)]
+def panels(lines: list[dict]) -> list[Panel]:
+    """Accuracy by query: at each decode budget with the whole context, and of all compressed contexts together.
+
+    The last panel has the time to the first token. It is much the same for all methods, so that the first one is shown.
+    """
+    made = []
+    for group in report.grouped(lines, "source"):
+        whole = [line for line in group if line["prompt_share"] == 1]
+        cut = [line for line in group if line["prompt_share"] != 1]
+        for budget in report.by_budget(whole) if whole else []:
+            made.append(query_panel(f"whole context, {report.budget_title(budget[-1])}", budget))
+        if cut:
+            made.append(query_panel("compressed context", cut))
+        made.append(time_panel(group[0]))
+    return made
 
 
-def column(lines: list[dict]) -> tuple[Panel, Panel]:
-    shares = [(name, lines[-1][f"{name}_{kind}"]) for name, kind in (("prompt", "share"), ("decode", "budget"))]
-    title = ", ".join(f"{name} {common.share_text(share)}" for name, share in shares)
-    right = {line["method"]: line["by_turn"] for line in lines}
-    start = {line["method"]: line["start_by_turn"] for line in lines}
-    return Panel(title, "turn", right), Panel("", "turn", start, y_label="seconds to the first token")
+def query_panel(title: str, lines: list[dict]) -> Panel:
+    curves = {name_of(line): line["by_turn"] for line in lines}
+    return Panel(title, "query", PERCENT, curves)
+
+
+def name_of(line: dict) -> str:
+    share = line["prompt_share"]
+    return line["method"] if share == 1 else f"{line['method']} {share_text(share)}"
+
+
+def time_panel(line: dict) -> Panel:
+    points = [(turn, 1e3 * seconds) for turn, seconds in line["start_by_turn"]]
+    return Panel("time to the first token", "query", "ms", {line["method"]: points})
 
 
 if __name__ == "__main__":

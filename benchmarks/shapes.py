@@ -2,7 +2,7 @@
 
 import torch
 
-from generate import Row, find_dtype
+from hf.checkpoint import find_dtype
 from model import Llama, ModelConfig
 
 LONGEST = 131072  # positions; no table of them is stored, so they cost nothing
@@ -16,19 +16,16 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, query heads, KV heads, h
 
 
 def random_model(shape: str, device: torch.device, dtype: str) -> Llama:
-    config = SHAPES[shape]
-    with torch.device("meta"):  # shapes only
-        model = Llama(config)
-    shapes = {name: weight.shape for name, weight in model.state_dict().items()}
-    weights = {name: torch.empty(shape, dtype=find_dtype(dtype, {}), device=device) for name, shape in shapes.items()}
-    if config.tie_embeddings:
-        weights["head.weight"] = weights["embed.weight"]
-    for weight in weights.values():
-        weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
-    model.load_state_dict(weights, assign=True)
+    """A model of this shape with torch's initial weights, made in `dtype` on the device: no memory is taken twice."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(find_dtype(dtype, {}))
+    try:
+        with torch.device(device):
+            model = Llama(SHAPES[shape])
+    finally:
+        torch.set_default_dtype(default)
     return model.to(device).eval().requires_grad_(False)
 
 
-def random_rows(config: ModelConfig, batch: int, tokens: int) -> list[Row]:
-    prompts = torch.randint(config.vocab_size, (batch, tokens)).tolist()
-    return [Row(i, ids, stream=None) for i, ids in enumerate(prompts)]
+def random_prompts(config: ModelConfig, batch: int, tokens: int) -> list[list[int]]:
+    return torch.randint(config.vocab_size, (batch, tokens)).tolist()

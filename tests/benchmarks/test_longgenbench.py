@@ -10,14 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, longgenbench
+from benchmarks import common, longgenbench, plots, report
 from benchmarks.common import Method, Predictions, Progress, Sizes
 from benchmarks.longgenbench import by_number, by_order, gold, main, prompt_ids
+from benchmarks.report import Scored, accuracy
 from checkpoints import make_checkpoint
 from generate import load
 from scope import STRATEGIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LETTERS, NUMBERS = list("ABCDABCDAB"), list(range(6, 16))
 
 
@@ -85,13 +86,14 @@ def test_the_first_answer_of_a_number_counts_and_other_numbers_do_not():
     assert by_number(f"Answer_{'9' * 5000}: The answer is {'9' * 5000}.", ["#### 1"], [1]) == [False]
 
 
-def test_mean_and_spread():
+def test_an_accuracy_has_the_spread_of_its_seeds_or_else_of_its_prompts():
     right, wrong, half = [True] * 4, [False] * 4, [True, False]
-    assert common.mean_and_spread([(0, 0, right), (1, 1, half)]) == (75.0, pytest.approx(25 * math.sqrt(2)))
-    one_seed = common.mean_and_spread([(0, 0, right), (0, 1, wrong)])
+    assert accuracy([Scored(0, right), Scored(1, half)]) == (75.0, pytest.approx(25 * math.sqrt(2)))
+    one_seed = accuracy([Scored(0, right), Scored(0, wrong)])
     assert one_seed == (50.0, pytest.approx(50.0)), "standard error: 70.7 / sqrt(2)"
-    assert common.mean_and_spread([(0, 0, right), (0, 1, [])]) == (100.0, None)
-    assert common.mean_and_spread([(0, 0, [])]) is None
+    assert accuracy([Scored(0, right), Scored(0, [])]) == (100.0, None)
+    assert accuracy([Scored(0, [])]) is None
+    assert accuracy([Scored(0, half)], lambda prompt, i: i == 1) == (0, None)
 
 
 def test_a_line_splits_by_quarter_and_by_reference():
@@ -107,7 +109,7 @@ def test_a_line_splits_by_quarter_and_by_reference():
 
 def test_a_mini_problem_is_solved_by_its_solution_and_references_keep_their_distance():
     arguments = longgenbench.parse_arguments(["--mini", "--min-distance", "6", "--reference-rate", "1"])
-    examples = longgenbench.mini_examples(arguments)
+    examples = longgenbench.examples_of(arguments)
     assert len(examples) == 48 and len({example.prompt for example in examples}) == 48
     for example in examples:
         assert all(by_number(example.solution, example.answers, example.numbers))
@@ -213,11 +215,11 @@ def test_a_data_run_end_to_end(folder, tmp_path, capsys):
 
 def test_the_length_of_a_data_run_follows_its_questions():
     data = longgenbench.parse_arguments(["--data", "gsm8k_60.jsonl", "--batch-size", "3"])
-    assert data.predictions == "gsm8k_60.predictions.jsonl"
-    assert longgenbench.run_settings(data, 1, 40) == {"max_new_tokens": 4096, "batch_size": 3, "compile": True}
-    assert longgenbench.run_settings(data, 1, 60)["max_new_tokens"] == 8192
+    assert common.predictions_path(data) == "gsm8k_60.predictions.jsonl"
+    assert longgenbench.settings_of(data, 1, 40) == {"max_new_tokens": 4096, "batch_size": 3, "compile": True}
+    assert longgenbench.settings_of(data, 1, 60)["max_new_tokens"] == 8192
     mini = longgenbench.parse_arguments(["--mini", "--compile"])
-    assert longgenbench.run_settings(mini, 300, 16) == {"max_new_tokens": 316, "batch_size": 64, "compile": True}
+    assert longgenbench.settings_of(mini, 300, 16) == {"max_new_tokens": 316, "batch_size": 64, "compile": True}
 
 
 # ---- methods and budgets
@@ -225,7 +227,8 @@ def test_the_length_of_a_data_run_follows_its_questions():
 
 def jobs_of(*flags: str) -> list[common.Job]:
     arguments = longgenbench.parse_arguments(["--mini", *flags])
-    return common.make_jobs(arguments, {"max_new_tokens": 200}, Sizes(prompt=100, output=160))
+    settings, sizes = {"max_new_tokens": 200}, Sizes(prompt=100, output=160)
+    return common.make_jobs(arguments, arguments.methods, arguments.prompt_share, settings, sizes)
 
 
 def test_every_policy_is_a_method_and_the_full_cache_runs_once():
@@ -281,7 +284,7 @@ def test_methods_with_other_slots_are_named():
     line = {"source": None, "prompt_share": 1.0, "decode_budget": 0.25}
     lines = [line | {"method": name, "slots": slots} for name, slots in (("a", 100), ("b", 107), ("c", 100))]
     lines.append(line | {"method": "full", "decode_budget": 1.0, "slots": 400})
-    assert common.odd_slots(lines) == [
+    assert report.odd_slots(lines) == [
         "Other slots at prompt 100%, decode 25%: b 107 (the others 100)",
         "Other slots at prompt 100%, decode 100%: full 400",
     ]
@@ -409,9 +412,31 @@ def test_prompt_shares_and_plots(small, tmp_path):
     assert [(line["prompt_share"], line["decode_budget"]) for line in lines] == [
         (1, 1), (1, 0.1), (1, 0.05), (0.5, 1), (0.5, 0.1), (0.5, 0.05)]  # fmt: skip
     assert lines[4]["slots"] < lines[1]["slots"] and lines[4]["live_peak"] < lines[1]["live_peak"]
-    [[first, _, by_budget], _] = longgenbench.panels(lines)
-    assert first.title == "prompt 100%, decode 10%" and set(first.lines) == {"full", "h2o"}
-    assert [x for x, _ in by_budget.lines["full"]] == [x for x, _ in by_budget.lines["h2o"]] == [10, 5]
+    titles = [panel.title for panel in longgenbench.panels(lines)]
+    assert titles == [f"decode budget {y}%, prompt {x}%" for x in (100, 50) for y in (10, 5)]
+    assert set(longgenbench.panels(lines)[0].lines) == {"full", "h2o"}
+
+
+def test_many_budgets_are_also_plotted_against_each_other(small, tmp_path):
+    assert small("--decode-budget", "0.1", "0.05", "0.2", "--methods", "full", "h2o") == 0
+    *_, by_budget = longgenbench.panels(small.lines())
+    assert [x for x, _ in by_budget.lines["full"]] == [x for x, _ in by_budget.lines["h2o"]] == [5, 10, 20]
+
+
+def test_a_saved_table_is_shown_and_plotted_again(small, tmp_path, capsys):
+    assert small() == 0
+    table, saved = capsys.readouterr().out, str(tmp_path / "o.json")
+    assert main(["--from-json", saved, "--plot", str(tmp_path / "again.png")]) == 0
+    assert capsys.readouterr().out == table and (tmp_path / "again.png").exists()
+    assert main(["--from-json", write_rows(tmp_path / "x.json", {"decode": []})]) == 2
+    assert "has no list in `lines`" in capsys.readouterr().err
+    assert main(["--from-json", saved, "--json", saved]) == 2
+    assert "--json, --from-json name the same file" in capsys.readouterr().err
+
+
+def test_names_that_would_overlap_are_moved_apart():
+    assert plots.moved_apart([0.9, 0.5, 0.5, 0.05, 0.0], 0.1) == pytest.approx([0.9, 0.5, 0.4, 0.1, 0.0])
+    assert plots.merged({"a": [(0, 1)], "b": [(0, 2)], "c": [[0, 1]]}) == {((0, 1),): ["a", "c"], ((0, 2),): ["b"]}
 
 
 # ---- the command line
@@ -420,7 +445,7 @@ def test_prompt_shares_and_plots(small, tmp_path):
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ([], "one of the arguments --mini --data --score-only is required"),
+        ([], "one of the arguments --mini --data --from-json --score-only is required"),
         (["--mini", "--score-only", "x"], "not allowed with argument"),
         (["--mini", "--methods", "slid"], "unknown policy 'slid': choose from full"),
         (["--mini", "--methods", "slide:beta=3"], "unknown setting 'beta'"),
@@ -428,17 +453,20 @@ def test_prompt_shares_and_plots(small, tmp_path):
         (["--mini", "--methods", "slide:ignore_eos=yes"], "setting ignore_eos=yes: a value of type bool"),
         (["--mini", "--methods", "slide:score=none"], "unknown score 'none'"),
         (["--mini", "--set", "temperature=1"], "unknown setting 'temperature'"),
-        (["--mini", "--decode-budget", "2"], "--decode-budget 2.0: it must be above 0 and at most 1"),
-        (["--mini", "--prompt-share", "0"], "--prompt-share 0.0: it must be"),
-        (["--mini", "--recent", "900"], "--recent 900: it must be 0 to"),
-        (["--mini", "--k", "0"], "--k 0: it must be 1 or more"),
+        (["--mini", "--decode-budget", "2"], "--decode-budget is 2.0: it must be above 0 and at most 1"),
+        (["--mini", "--prompt-share", "0"], "--prompt-share is 0.0: it must be"),
+        (["--mini", "--recent", "900"], "--recent is 900: it must be 0 to"),
+        (["--mini", "--k", "0"], "--k is 0: it must be 1 or more"),
         (["--mini", "--k", "41"], "do not fit labels 1 to 40"),
-        (["--mini", "--seeds", "1", "1"], "--seeds [1, 1]: it must be all different"),
-        (["--mini", "--reference-rate", "2"], "--reference-rate 2.0: it must be 0 to 1"),
-        (["--mini", "--k", "40"], "more than the model's 512 positions"),
-        (["--mini", "--plot", "x.txt"], "--plot x.txt: it must be .png, .pdf or .svg"),
-        (["--mini", "--json", "no/such/x"], "--json no/such/x: give a file in a directory that exists"),
-        (["--mini", "--json", "x", "--predictions", "x"], "--json, --predictions: give each its own file"),
+        (["--mini", "--seeds", "1", "1"], "--seeds is [1, 1]: it must be all different"),
+        (["--mini", "--reference-rate", "2"], "--reference-rate is 2.0: it must be 0 to 1"),
+        (["--mini", "--k", "40"], "the model has 512 positions: lower --max-new-tokens"),
+        (["--mini", "--plot", "x.txt"], "--plot is x.txt: it must be .png, .pdf or .svg"),
+        (["--mini", "--json", "no/such/x"], "--json no/such/x: there is no directory no/such"),
+        (
+            ["--mini", "--json", "x", "--predictions", "x"],
+            "--json, --predictions name the same file: give each its own",
+        ),
         (["--data", "no.jsonl"], "No such file or directory: 'no.jsonl'"),
         (["--score-only", "/dev/null"], "/dev/null has no usable row"),
         (["--data", "/dev/null"], "/dev/null has no usable row"),
@@ -454,7 +482,7 @@ def test_a_mistake_is_one_line(folder, tmp_path, monkeypatch, capsys, flags, sai
 
 
 def test_a_plot_is_refused_at_once_without_matplotlib(folder, monkeypatch, capsys):
-    monkeypatch.setattr(common, "find_spec", lambda name: None)
+    monkeypatch.setattr(plots, "find_spec", lambda name: None)
     assert main(["--mini", "--plot", "x.png"]) == 2
     assert "--plot needs matplotlib" in capsys.readouterr().err
 
@@ -479,9 +507,6 @@ def test_no_predictions_file_is_no_memory():
 def test_the_script_runs_from_anywhere(folder, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "longgenbench.py"), *SMALL, "--checkpoint", folder]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert (
-        done.stdout.splitlines()[0].endswith("k=2 reference-rate=0.4 min-distance=1")
-        and "12 prompts" in done.stdout
-        or True
-    )
+    assert done.stdout.splitlines()[0] == f"{folder} k=2 reference-rate=0.4 min-distance=1"
+    assert "0/12 prompts  slide" in done.stderr
     assert list(tmp_path.iterdir()) == []

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from benchmarks import machine, prefill, speed
-from benchmarks.shapes import SHAPES, random_model, random_rows
+from benchmarks.shapes import SHAPES, random_model, random_prompts
 from benchmarks.speed import Group, by_window, main, steadied
 from generate import Options
 from model import Llama
 from scope import COMPRESSORS, STRATEGIES
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 COLUMNS = {"shape", "workload", "batch", "policy", "heavy", "recent", "tokens_per_s", "step_s", "append_s", "select_s"}
 COLUMNS |= {
@@ -39,7 +38,7 @@ def built(policy: str, batch: int = 2, **settings):
     """A runner of the mini shape, prefilled with 24 tokens; 32 may follow."""
     model = random_model("mini", CPU, "bfloat16")
     options = Options(policy=policy, heavy=3, recent=4, max_new_tokens=32, compile=False, **settings)
-    return speed.runner(model, random_rows(model.config, batch, 24), policy, options, "test")
+    return speed.make_runner(model, random_prompts(model.config, batch, 24), policy, options, "test")
 
 
 # ---- the command
@@ -128,22 +127,22 @@ def test_a_failing_child_is_one_line(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--workload", "1024"], "--workload 1024: it must be PROMPT+NEW"),
-        (["--workload", "8+1"], "--workload 8+1"),
+        (["--workload", "1024"], "--workload is 1024: it must be PROMPT+NEW"),
+        (["--workload", "8+1"], "--workload is 8+1"),
         (["--workload", "-8+8"], "--workload"),
         (["--policies", "slid"], "unknown policy 'slid': choose from full, slide"),
         (["--policies", "slide:heavy=x"], "setting heavy=x"),
         (["--heavy", "-1"], "heavy is -1"),
-        (["--batch-sizes", "2", "0"], "--batch-sizes 0: it must be 1 or more"),
-        (["--threads", "0"], "--threads 0"),
+        (["--batch-sizes", "2", "0"], "--batch-sizes is 0: it must be 1 or more"),
+        (["--threads", "0"], "--threads is 0"),
         (["--dtype", "int3"], "dtype is 'int3'"),
         (["--device", "tpu"], "device is 'tpu'"),
         (["--shape", "9b"], "invalid choice: '9b'"),
-        (["--prefill", "40"], "--prefill 40: it must be more than --prompt-budget 40"),
+        (["--prefill", "40"], "--prefill is 40: it must be more than --prompt-budget 40"),
         (["--prefill", "96", "--prompt-budget", "16"], "obs_window is 32"),
         (["--prefill", "96", "--plot", "a.png"], "--plot draws decode steps"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json"),
-        (["--plot", "a.txt"], "--plot a.txt"),
+        (["--plot", "a.txt"], "--plot is a.txt"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2_before_anything_runs(argv, said, capsys, monkeypatch):
@@ -208,10 +207,10 @@ def test_steps_of_every_policy_are_all_run_in_order_and_in_turns(monkeypatch):
 
 def test_weights_of_a_step_leave_out_the_table_of_embeddings_but_not_a_tied_head():
     model = built("full").engine.model
-    assert speed.stored_bytes(model) - speed.weight_bytes(model) == model.embed.weight.nbytes
-    tied = random_model("mini", CPU, "bfloat16")
-    tied.head.weight = tied.embed.weight
-    assert speed.stored_bytes(tied) == speed.weight_bytes(tied)
+    stored = sum(weight.nbytes for weight in model.parameters())
+    assert speed.weight_bytes(model) == stored - model.embed.weight.nbytes
+    model.head.weight = model.embed.weight
+    assert speed.weight_bytes(model) == sum(weight.nbytes for weight in model.parameters())
 
 
 def test_hiccups_vanish_and_select_steps_do_not():

@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, scbench
+from benchmarks import common, report, scbench
 from benchmarks.scbench import TASKS, Dialogue, characters, converse, f1, main, random_order
 from checkpoints import make_checkpoint
 from generate import MINI, Conversation, load
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def mini_arguments(*flags: str):
 
 def dialogue_of(mini, *flags: str) -> Dialogue:
     arguments = mini_arguments(*flags)
-    [example] = scbench.mini_examples(arguments)
+    [example] = scbench.examples_of(arguments)
     return scbench.make_dialogue(arguments, mini[1], example)
 
 
@@ -101,7 +101,7 @@ def test_an_order_has_every_question_once_and_references_first(sources, seed):
 
 def test_mini_queries_are_answered_by_their_references():
     arguments = scbench.parse_arguments(["--mini", "--mode", "multi-turn"])
-    examples = scbench.mini_examples(arguments)
+    examples = scbench.examples_of(arguments)
     assert len(examples) == 48 and len({example.context for example in examples}) == 48
     orders = [[int(query[7:-1]) for query in example.queries] for example in examples]
     assert orders[0] != sorted(orders[0]) and all(sorted(order) == list(range(1, 17)) for order in orders)
@@ -114,9 +114,9 @@ def test_mini_queries_are_answered_by_their_references():
 
 
 def test_requests_have_no_references():
-    [example] = scbench.mini_examples(mini_arguments("--k", "12"))
+    [example] = scbench.examples_of(mini_arguments("--k", "12"))
     assert scbench.references_of(example.context) == {}
-    [example] = scbench.mini_examples(mini_arguments("--k", "12", "--mode", "multi-turn", "--reference-rate", "1"))
+    [example] = scbench.examples_of(mini_arguments("--k", "12", "--mode", "multi-turn", "--reference-rate", "1"))
     assert len(scbench.references_of(example.context)) > 6
 
 
@@ -277,9 +277,8 @@ def test_a_stop_token_is_not_read_twice(mini):
     turn = next(converse(Conversation(*mini, dialogue_of(mini).context, **SETTINGS), dialogue_of(mini)))
     stop = turn.result.token_ids[-1]
     assert turn.result.finish_reason == "stop" and stop in mini[1].stop_ids
-    assert scbench.without_stop(mini[1], [stop, 5, 6], turn.result) == [5, 6]
-    assert scbench.without_stop(mini[1], [5, 6, stop], turn.result) == [5, 6, stop]
-    assert scbench.without_stop(mini[1], [stop, 5], replace(turn.result, finish_reason="length")) == [stop, 5]
+    assert turn.stop == stop
+    assert replace(turn, result=replace(turn.result, finish_reason="length")).stop is None
 
 
 def test_room_is_what_follows_the_context_at_most():
@@ -307,7 +306,7 @@ def test_contexts_that_do_not_fit_are_named(folder, tmp_path, capsys):
 
 def jobs_of(*flags: str) -> list[common.Job]:
     arguments = mini_arguments(*flags)
-    return scbench.make_jobs(arguments, {"max_new_tokens": 40}, common.Sizes(prompt=100, output=32))
+    return scbench.jobs_of(arguments, {"max_new_tokens": 40}, common.Sizes(prompt=100, output=32))
 
 
 def test_compressors_run_at_every_share_and_the_others_with_the_whole_context():
@@ -324,13 +323,13 @@ def test_compressors_run_at_every_share_and_the_others_with_the_whole_context():
 def test_settings_follow_the_task_and_the_flags():
     data = scbench.parse_arguments(["--data", "a.jsonl", "--task", "scbench_mf"])
     longest = scbench.longest_answer(data, None, [])
-    assert scbench.run_settings(data, longest) == {"max_new_tokens": 5, "compile": True}
+    assert scbench.settings_of(data, longest) == {"max_new_tokens": 5, "compile": True}
     given = scbench.parse_arguments(["--hub", "scbench_mf", "--max-new-tokens", "9", "--no-compile"])
-    assert scbench.run_settings(given, scbench.longest_answer(given, None, [])) == {
+    assert scbench.settings_of(given, scbench.longest_answer(given, None, [])) == {
         "max_new_tokens": 9,
         "compile": False,
     }
-    assert scbench.run_settings(mini_arguments("--compile"), 30) == {"max_new_tokens": 34, "compile": True}
+    assert scbench.settings_of(mini_arguments("--compile"), 30) == {"max_new_tokens": 34, "compile": True}
 
 
 # ---- running, being killed, running on
@@ -423,11 +422,11 @@ def test_a_line_has_every_figure(small, capsys):
 def test_quarters_and_turns_of_contexts_of_different_lengths():
     row = {"task": "scbench_kv", "seed": 0, "answers": [["x"]] * 4, "preds": ["x", "", "x", "x"]}
     short = row | {"answers": [["x"]] * 2, "preds": ["", "x"]}
-    assert scbench.accuracy([row, short], lambda i, n: i == n - 1)[0] == 100
-    assert scbench.by_turn([row, short]) == [(1, 50), (2, 50), (3, 100), (4, 100)]
-    assert scbench.by_turn([row | {"answers": [["x"]] * 16, "preds": ["x"] * 16}]) == [
-        (1.5 + 2 * i, 100) for i in range(8)
-    ]
+    scored = [scbench.scored_of(row), scbench.scored_of(short)]
+    assert report.accuracy_by_part(scored, 2) == [100 / 4, 100]
+    assert scbench.by_turn(scored) == [(1, 50), (2, 50), (3, 100), (4, 100)]
+    long = scbench.scored_of(row | {"answers": [["x"]] * 16, "preds": ["x"] * 16})
+    assert scbench.by_turn([long]) == [(1.5 + 2 * i, 100) for i in range(8)]
 
 
 def test_every_default_method_has_room_for_its_own_answers_and_its_place_in_the_plot(small, tmp_path):
@@ -435,12 +434,10 @@ def test_every_default_method_has_room_for_its_own_answers_and_its_place_in_the_
     flags = ["--k", "6", "--contexts", "1", "--mode", "multi-turn", "--own-answers", "--max-new-tokens", "16"]
     assert small(*flags, "--methods", *scbench.METHODS, "--plot", str(plot)) == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
-    right, start = scbench.panels(small.lines())
-    assert [panel.title for panel in right] == [
-        f"prompt {x}%, decode {y}%" for x, y in ((100, 50), (80, 100), (60, 100))
-    ]
-    assert right[0].lines.keys() == start[0].lines.keys() and len(right[0].lines) == 6
-    assert right[0].y_label == "accuracy (%)" and start[0].y_label == "seconds to the first token"
+    whole, compressed, time = scbench.panels(small.lines())
+    assert whole.title == "whole context, decode budget 50%, prompt 100%" and len(whole.lines) == 6
+    assert len(compressed.lines) == 6 and "full:compress=h2o 80%" in compressed.lines
+    assert list(time.lines) == ["full"] and time.y_label == "ms"
 
 
 # ---- the command line
@@ -449,22 +446,25 @@ def test_every_default_method_has_room_for_its_own_answers_and_its_place_in_the_
 @pytest.mark.parametrize(
     "flags, said",
     [
-        ([], "one of the arguments --mini --data --hub is required"),
+        ([], "one of the arguments --mini --data --from-json --hub is required"),
         (["--hub", "scbench_summary"], "task scbench_summary has no scorer here: --task must be one of scbench_kv, "),
         (["--data", "scbench_repoqa_and_kv.jsonl"], "task scbench_repoqa_and_kv has no scorer here"),
         (["--data", "mine.jsonl"], "task mine has no scorer here: --task must be one of"),
         (["--data", "no.jsonl", "--task", "scbench_kv"], "No such file or directory: 'no.jsonl'"),
         (["--data", "/dev/null", "--task", "scbench_kv"], "/dev/null has no usable row"),
         (["--mini", "--own-answers"], "--own-answers goes with --mode multi-turn"),
-        (["--mini", "--reference-rate", "0.4"], "--reference-rate 0.4: it must be 0: a request cannot refer to"),
-        (["--mini", "--mode", "multi-turn", "--reference-rate", "2"], "--reference-rate 2.0: it must be 0 to 1"),
-        (["--mini", "--contexts", "0"], "--contexts 0: it must be 1 or more"),
-        (["--mini", "--seeds", "1", "1"], "--seeds [1, 1]: it must be all different"),
+        (["--mini", "--reference-rate", "0.4"], "--reference-rate is 0.4: it must be 0: a request cannot refer to"),
+        (["--mini", "--mode", "multi-turn", "--reference-rate", "2"], "--reference-rate is 2.0: it must be 0 to 1"),
+        (["--mini", "--contexts", "0"], "--contexts is 0: it must be 1 or more"),
+        (["--mini", "--seeds", "1", "1"], "--seeds is [1, 1]: it must be all different"),
         (["--mini", "--mode", "chat"], "invalid choice: 'chat'"),
         (["--mini", "--methods", "slid"], "unknown policy 'slid'"),
         (["--mini", "--batch-size", "2"], "unrecognized arguments: --batch-size 2"),
-        (["--mini", "--plot", "x.txt"], "--plot x.txt: it must be .png, .pdf or .svg"),
-        (["--mini", "--json", "x", "--predictions", "x"], "--json, --predictions: give each its own file"),
+        (["--mini", "--plot", "x.txt"], "--plot is x.txt: it must be .png, .pdf or .svg"),
+        (
+            ["--mini", "--json", "x", "--predictions", "x"],
+            "--json, --predictions name the same file: give each its own",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(folder, tmp_path, monkeypatch, capsys, flags, said):

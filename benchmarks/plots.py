@@ -1,0 +1,120 @@
+"""Line plots whose lines carry their names: a few are coloured, the others are grey, equal ones are drawn once."""
+
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+COLOURS = ["#1f2933", "#0b7a75", "#e8710a", "#c2185b", "#3f6fd8"]
+GREY, GREY_TEXT = "#b8bec6", "#6b7280"
+PERCENT = "accuracy (%)"
+
+# Inches. A README shows a picture about 830 pixels wide, so that letters of 9 points are easy to read there.
+WIDTH, ROW_HEIGHT, LEFT, NAMES, GAP = 8.3, 2.75, 0.55, 1.65, 0.4
+LINE_HEIGHT = 0.135  # of a name
+
+
+@dataclass
+class Panel:
+    """One pair of axes. `lines` holds the points of each line under the line's name."""
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: dict[str, list[tuple[float, float]]]
+    x_ticks: list[float] | None = None  # None: where matplotlib puts them
+
+
+def check_plot(path: str | None) -> None:
+    """Refuse what could not be drawn, before anything runs."""
+    if path and Path(path).suffix not in (".png", ".pdf", ".svg"):
+        raise ValueError(f"--plot is {path}: it must be .png, .pdf or .svg")
+    if path and not find_spec("matplotlib"):
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+
+
+def plot(path: str, panels: list[Panel], highlighted: list[str]) -> None:
+    """Draw the panels, two in a row. The highlighted names are coloured; of a few names, all are."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
+    shown = [name for name in highlighted if name in names] if len(names) > len(COLOURS) else names
+    colours = dict(zip(shown, COLOURS, strict=False))
+    columns = min(2, len(panels))
+    rows = (len(panels) + columns - 1) // columns
+    with pyplot.rc_context({"font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold"}):
+        picture = pyplot.figure(figsize=(WIDTH, rows * ROW_HEIGHT))
+        for i, panel in enumerate(panels):
+            ax = picture.add_axes(place(i // columns, i % columns, rows, columns))
+            draw(ax, panel, colours)
+            if i % columns and panels[i - 1].y_label == panel.y_label:
+                ax.set_ylabel("")
+        picture.savefig(path, dpi=200)
+        pyplot.close(picture)
+
+
+def place(row: int, column: int, rows: int, columns: int) -> tuple[float, float, float, float]:
+    """Left, bottom, width and height of a pair of axes, as shares of the picture. Names go to its right."""
+    width = (WIDTH - LEFT - columns * NAMES - (columns - 1) * GAP) / columns
+    left = LEFT + column * (width + NAMES + GAP)
+    bottom, height = (rows - 1 - row) * ROW_HEIGHT + 0.5, ROW_HEIGHT - 0.85
+    return left / WIDTH, bottom / (rows * ROW_HEIGHT), width / WIDTH, height / (rows * ROW_HEIGHT)
+
+
+def draw(ax, panel: Panel, colours: dict[str, str]) -> None:
+    """Draw the lines, grey ones first, then write their names at their right ends."""
+    for points, names in sorted(merged(panel.lines).items(), key=lambda item: bool(colours.keys() & item[1])):
+        colour = next((colours[name] for name in names if name in colours), GREY)
+        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1 if colour == GREY else 2, clip_on=False)
+    ax.set_title(panel.title, loc="left")
+    ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
+    ax.set_ylim((0, 102) if panel.y_label == PERCENT else (0, None))
+    if panel.x_ticks:
+        ax.set_xticks(panel.x_ticks, [f"{x:.3g}" for x in panel.x_ticks])
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", alpha=0.3)
+    write_names(ax, panel.lines, colours)
+
+
+def merged(lines: dict[str, list]) -> dict[tuple, list[str]]:
+    """Points -> the names of the lines that run through exactly these points."""
+    same: dict[tuple, list[str]] = {}
+    for name, points in lines.items():
+        same.setdefault(tuple(map(tuple, points)), []).append(name)
+    return same
+
+
+def write_names(ax, lines: dict[str, list[tuple[float, float]]], colours: dict[str, str]) -> None:
+    """Names to the right of the axes, as high as their lines end; those that would overlap are moved apart."""
+    bottom, top = ax.get_ylim()
+    height = ax.figure.get_figheight() * ax.get_position().height
+    ends = sorted(((points[-1], name) for name, points in lines.items()), key=lambda end: -end[0][1])
+    heights = moved_apart([(y - bottom) / (top - bottom) for (_, y), _ in ends], LINE_HEIGHT / height)
+    for (point, name), y in zip(ends, heights, strict=True):
+        line = {"arrowstyle": "-", "color": colours.get(name, GREY), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1}
+        ax.annotate(
+            re.sub(r"[:,]\w+=", ", ", name),  # slide:score=own is written as "slide, own"
+            point,
+            xytext=(1.09, y),
+            textcoords="axes fraction",
+            verticalalignment="center",
+            color=colours.get(name, GREY_TEXT),
+            fontsize=8,
+            fontweight="bold" if name in colours else "normal",
+            arrowprops=line | {"relpos": (0, 0.5)},  # the line ends at the left of the name, half way up
+        )
+
+
+def moved_apart(heights: list[float], gap: float) -> list[float]:
+    """Falling heights -> falling heights that differ by `gap` or more and do not go below 0."""
+    apart = list(heights)
+    for i in range(1, len(apart)):
+        apart[i] = min(apart[i], apart[i - 1] - gap)
+    lowest = 0.0
+    for i in reversed(range(len(apart))):
+        apart[i] = max(apart[i], lowest)
+        lowest = apart[i] + gap
+    return apart
