@@ -10,6 +10,12 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)  # the 
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random tensors in every run."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A random two-layer model with its tokenizer, loaded."""

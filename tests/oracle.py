@@ -58,6 +58,7 @@ class Oracle:
         self.score = score
         self.entries = {p: (key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
+        self.row_kept = self.n_kept  # the mean of the row's heads, where they differ
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
         self.totals = {p: received[p] if self.score != "own" or p == newest else 0.0 for p in kept}
@@ -100,19 +101,28 @@ class Oracle:
         self.prompt_len, self.n_kept = newest + 1, len(self.entries)
         return outputs
 
+    def snapshot(self) -> tuple:
+        return self.prompt_len, dict(self.totals)
+
+    def rewind(self, snapshot: tuple) -> None:
+        """Back to a moment when a turn had just been read. What was evicted since is gone for good."""
+        position, totals = snapshot
+        self.entries = {p: entry for p, entry in self.entries.items() if p < position}
+        self.totals = {p: totals[p] for p in self.entries}
+        self.prompt_len, self.n_kept = position, len(self.entries)
+
     def victims(self, t: int) -> list[int]:
         pool = [p for p in self.live if self.name in UNIFIED or p >= self.prompt_len]
         frozen = len(self.entries) - len(pool)
         excess = len(self.entries) - self.n_kept - paper_budget(self.name, self.heavy, self.recent, self.T, t)
         if excess <= 0:
             return []
-        if self.name == "streaming":  # the first half of the budget, and the last half
-            budget = self.n_kept + self.heavy + self.recent
-            last = pool[len(pool) - budget // 2 :] if budget // 2 else []
-            return [p for p in pool if p not in pool[: budget - budget // 2] and p not in last]
+        now = self.prompt_len + t - 1
+        if self.name == "streaming":  # half of the budget is the newest positions, the other half the oldest tokens
+            newest = (self.row_kept + self.heavy + self.recent) // 2
+            return [p for p in pool if p <= now - newest][-excess:]
         if self.name == "recent":
             return pool[:excess]
-        now = self.prompt_len + t - 1
         older = [p for p in pool if p <= now - self.recent]
         assert frozen + len(older) >= excess
         return sorted(older, key=lambda p: (self.totals[p], p))[:excess]

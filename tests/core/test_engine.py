@@ -1,9 +1,10 @@
-"""The engine end to end: what must not change the tokens, and what the compiled graphs may not do."""
+"""The engine: what must not change the tokens, what is refused, and what the compiled graphs may not do."""
 
 import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,22 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 from checkpoints import make_checkpoint
-from generate import Engine, Options, Row, generate, shape_of
+from generate import Engine, Options, generate, run, size_of
 from scope import SCORES, STRATEGIES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 9, 200, 31], [7], [101, 44, 3, 250, 250, 17, 8, 90, 12]]
 RUN = {"heavy": 3, "recent": 4, "max_new_tokens": 30, "compile": False, "ignore_eos": True}
 every_policy = pytest.mark.parametrize("policy", STRATEGIES)
-every_score = pytest.mark.parametrize("score", SCORES)
+every_small_policy = pytest.mark.parametrize("policy", [name for name in STRATEGIES if name != "full"])
+# What ranks by a rule of its own, or never ranks, does the same whatever --score says.
+RANKINGS = [
+    (policy, score)
+    for policy, row in STRATEGIES.items()
+    for score in SCORES
+    if score == "cumulative" or policy != "full" and row.ranking is None
+]
+every_ranking = pytest.mark.parametrize(("policy", "score"), RANKINGS)
 
 
 def tokens(tiny, prompts=PROMPTS, policy="discontinuous", **changes):
@@ -29,15 +38,14 @@ def tokens(tiny, prompts=PROMPTS, policy="discontinuous", **changes):
 # ---- what must not change the tokens
 
 
-@every_policy
-@every_score
+@pytest.mark.parametrize(("policy", "score"), [ranking for ranking in RANKINGS if ranking[0] != "full"])
 def test_a_budget_of_the_whole_output_gives_the_full_caches_tokens(tiny, policy, score):
     assert tokens(tiny, policy=policy, score=score, heavy=300, recent=300) == tokens(tiny, policy="full")
 
 
-@every_policy
+@every_small_policy
 def test_a_small_budget_changes_the_tokens(tiny, policy):
-    assert (tokens(tiny, policy=policy) == tokens(tiny, policy="full")) is (policy == "full")
+    assert tokens(tiny, policy=policy) != tokens(tiny, policy="full")
 
 
 @every_policy
@@ -48,27 +56,75 @@ def test_a_row_of_a_ragged_batch_generates_what_it_generates_alone(tiny, policy,
         assert tokens(tiny, policy=policy, batch_size=batch_size, **sampling) == together
 
 
+@every_ranking
+def test_a_batch_leaves_nothing_behind_for_the_next_one(tiny, policy, score):
+    """Three batches through the same buffers: the third equals the first."""
+    model, tokenizer = tiny
+    options = Options(**RUN | {"policy": policy, "score": score})
+    engine = Engine(model, options, tokenizer.stop_ids, size_of(PROMPTS, options))
+    first, _, again = (
+        [result.token_ids for result in run(engine, tokenizer, prompts)] for prompts in (PROMPTS, [[1, 2, 3]], PROMPTS)
+    )
+    assert again == first == tokens(tiny, policy=policy, score=score)
+
+
 @every_policy
-@every_score
-def test_a_second_request_equals_the_first(tiny, policy, score):
-    first = tokens(tiny, policy=policy, score=score)
-    tokens(tiny, [[1, 2, 3]], policy="slide", heavy=1, recent=1)
-    assert tokens(tiny, policy=policy, score=score) == first
+@pytest.mark.parametrize("changes", [{}, {"compress": "snapkv", "prompt_budget": 5, "obs_window": 2}])
+def test_more_prompt_slots_than_needed_change_nothing(tiny, policy, changes):
+    assert tokens(tiny, policy=policy, max_context=200, **changes) == tokens(tiny, policy=policy, **changes)
 
 
-def test_more_prompt_slots_than_needed_change_nothing(tiny):
-    assert tokens(tiny, max_context=200) == tokens(tiny)
+def test_generate_takes_options_too(tiny):
+    """Options in the place of the policy's name; further settings change them."""
+    options = Options(policy="slide", **RUN)
+    [by_options] = generate(*tiny, PROMPTS[:1], options, heavy=2)
+    [by_name] = generate(*tiny, PROMPTS[:1], "slide", **RUN | {"heavy": 2})
+    assert by_options.token_ids == by_name.token_ids
+    assert (by_options.stats.policy, by_options.stats.heavy) == ("slide", 2) and options.heavy == 3
+    with pytest.raises(ValueError, match="heavy is -1"):
+        generate(*tiny, PROMPTS, options, heavy=-1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "complaint"),
+    [
+        ([], {}, "there are no prompts: give at least one"),
+        ([[5], []], {}, "prompt 1 is empty: give it at least one token"),
+        ([[320]], {}, "prompt 0 has token id 320: the vocabulary is 0 to 319"),
+        ([[5] * 483], {}, "prompt 0 ends at token 483 and 30 may follow, the model has 512 positions: "
+                          "lower --max-new-tokens or shorten the prompt"),
+        ([[5]], {"max_context": 513}, "max_context is 513: it must be at most the model's 512 positions"),
+        ([[5] * 9], {"max_context": 8}, "a prompt of 9 tokens needs 9 slots, max_context is 8: "
+                                        "raise --max-context, or shorten the prompt"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_run_is_refused_when_generate_is_called(tiny, prompts, settings, complaint):
+    """Not when the first result is taken."""
+    with pytest.raises(ValueError) as refusal:
+        generate(*tiny, prompts, **RUN | settings)
+    assert str(refusal.value) == complaint
+
+
+def test_a_prompt_may_use_up_the_models_positions(tiny):
+    [result] = generate(*tiny, [[5] * 482], **RUN)
+    assert len(result.token_ids) == 30
+
+
+def test_an_engine_declares_all_of_its_state_when_it_is_made(tiny):
+    model, tokenizer = tiny
+    options = Options(**RUN)
+    engine = Engine(model, options, tokenizer.stop_ids, size_of(PROMPTS, options))
+    declared = set(vars(engine))
+    list(run(engine, tokenizer, PROMPTS))
+    assert set(vars(engine)) == declared
 
 
 def test_a_stop_token_ends_a_row_and_only_that_row(tiny):
     model, tokenizer = tiny
     free = tokens(tiny)
     stop = next(t for t in free[0][3:] if t not in free[1])
-    before, tokenizer.stop_ids = tokenizer.stop_ids, [stop]
-    try:
-        results = list(generate(model, tokenizer, PROMPTS[:2], **RUN | {"ignore_eos": False}))
-    finally:
-        tokenizer.stop_ids = before
+    stopping = replace(tokenizer, stop_ids=[stop])
+    results = list(generate(model, stopping, PROMPTS[:2], **RUN | {"ignore_eos": False}))
     assert results[0].token_ids == free[0][: free[0].index(stop) + 1]
     assert results[1].token_ids == free[1]
     assert [r.finish_reason for r in results] == ["stop", "length"]
@@ -139,35 +195,25 @@ def test_the_seed_and_the_prompts_index_decide_the_draw(tiny):
 
 def run_steps(engine, prompts):
     """All decode steps of one batch, as lists of tokens."""
-    rows = [Row(i, ids, None) for i, ids in enumerate(prompts)]
-    first = engine.prefill(rows)
+    first = engine.prefill(prompts, list(range(len(prompts))))
     return [first.tolist()] + [engine.decode(t).tolist() for t in range(1, engine.options.max_new_tokens)]
 
 
 def engine_for(model, **changes):
     options = Options(**RUN | {"compile": True} | changes)
-    return Engine(model, options, [], shape_of(PROMPTS, options))
-
-
-# what ranks by its own rule or never ranks compiles to the same graphs whatever --score says
-RANKINGS = [
-    (policy, score)
-    for policy, row in STRATEGIES.items()
-    for score in SCORES
-    if score == "cumulative" or policy != "full" and row.ranking is None
-]
+    return Engine(model, options, [], size_of(PROMPTS, options))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("policy", "score"), RANKINGS)
+@every_ranking
 def test_compiled_equals_eager_and_nothing_recompiles_after_warm_up(shallow, policy, score):
     eager = run_steps(engine_for(shallow[0], policy=policy, score=score, compile=False), PROMPTS)
     engine = engine_for(shallow[0], policy=policy, score=score)
+    other_lengths = [ids + [1, 2, 3] for ids in reversed(PROMPTS)]
     with torch.compiler.set_stance("fail_on_recompile"):
         assert run_steps(engine, PROMPTS) == eager
-        other_lengths = [ids + [1, 2, 3] for ids in reversed(PROMPTS)]
         run_steps(engine, other_lengths)
-        run_steps(engine_for(shallow[0], policy=policy, score=score), PROMPTS)  # a new cache of the same shape
+        assert run_steps(engine_for(shallow[0], policy=policy, score=score), PROMPTS) == eager  # another engine
 
 
 @pytest.mark.slow
@@ -182,12 +228,13 @@ def test_sampling_compiles_to_the_same_tokens(shallow):
 def test_no_graph_holds_a_copy_of_the_cache(shallow, policy):
     """A scattered write that was not turned back into one in place would allocate a buffer of the cache's size."""
     engine = engine_for(shallow[0], policy=policy, score="cumulative", compile=False)
-    layer, engine.step = engine.cache.layers[0], torch.compile(engine.step, fullgraph=True, dynamic=False)
+    layer = engine.cache.layers[0]
+    engine.decode_step = torch.compile(engine.decode_step, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
     with torch._inductor.utils.fresh_cache():
-        for graph in sorted(set(engine.cache.graph_at)):
-            engine.begin([0] * 3)
-            _, [code] = run_and_get_code(engine.decode, 1, graph)
+        for key in sorted(set(engine.cache.graph_keys)):
+            engine.reset()
+            _, [code] = run_and_get_code(engine.decode, 1, key)
             sizes = [
                 [int(n) for n in re.findall(r"\d+", found)]
                 for found in re.findall(r"empty_strided_cpu\(\((.*?)\)", code)
@@ -213,15 +260,16 @@ def test_a_new_score_is_one_function_and_one_table_line(tmp_path):
     assert len(NEW_SCORE.strip().splitlines()) <= 15
     for file in ("scope.py", "cache.py", "kernels.py", "model.py", "generate.py"):
         shutil.copy(ROOT / file, tmp_path)
+    shutil.copytree(ROOT / "hf", tmp_path / "hf", ignore=shutil.ignore_patterns("__pycache__"))
     source = (tmp_path / "scope.py").read_text()
     assert source.count("\nSCORES = {") == 1
     (tmp_path / "scope.py").write_text(source.replace("\nSCORES = {", NEW_SCORE))
     checkpoint = make_checkpoint(tmp_path / "tiny")
-    kept = {}
-    for score in ("cumulative", "best_ever"):
-        command = f"generate.py --checkpoint {checkpoint} --prompt cat --policy slide --heavy 3 --recent 3 --ignore-eos"
-        command += f" --max-new-tokens 30 --no-compile --score {score} --trace {score}.npz"
-        ran = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
-        assert ran.returncode == 0, ran.stderr
-        kept[score] = np.load(tmp_path / f"{score}.npz")["pos"]
-    assert (kept["cumulative"] != kept["best_ever"]).any()
+    command = f"--checkpoint {checkpoint} --prompt cat --policy slide --heavy 3 --recent 3 --ignore-eos --no-compile"
+    command += " --max-new-tokens 30 --score {score} --trace {score}.npz"
+    both = [command.format(score=score).split() for score in ("cumulative", "best_ever")]
+    runs = f"import generate, sys; sys.exit(any([generate.main(argv) for argv in {both}]))"
+    ran = subprocess.run([sys.executable, "-c", runs], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    old, new = (np.load(tmp_path / f"{score}.npz")["pos"] for score in ("cumulative", "best_ever"))
+    assert (old != new).any()

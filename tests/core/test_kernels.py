@@ -23,6 +23,52 @@ def test_lowest_takes_the_lowest_scores_and_of_equal_ones_the_older(row, random,
     assert found[0, 0, : len(wanted)].tolist() == wanted
 
 
+def order_of(score, pos):
+    """What rank_key must sort by. Minus zero equals zero."""
+    return score + 0.0, pos
+
+
+@given(st.lists(st.tuples(scores, st.integers(0, 5)), min_size=2, max_size=12))
+def test_rank_key_sorts_by_score_and_then_by_position(tokens):
+    score, pos = torch.tensor([s for s, _ in tokens]), torch.tensor([p for _, p in tokens], dtype=torch.int32)
+    keys = kernels.rank_key(score, pos).tolist()
+    for one, key in zip(tokens, keys, strict=True):
+        for other, other_key in zip(tokens, keys, strict=True):
+            assert (key < other_key) == (order_of(*one) < order_of(*other))
+            assert (key == other_key) == (order_of(*one) == order_of(*other))
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=9))
+def test_ranks_count_from_the_largest_and_among_equals_from_the_first(row):
+    found = kernels.ranks(torch.tensor(row)).tolist()
+    assert found == [sum(x > mine or x == mine and j < i for j, x in enumerate(row)) for i, mine in enumerate(row)]
+
+
+@given(st.data())
+def test_highest_keeps_each_heads_floor_and_then_the_best_of_the_row(data):
+    H, S = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 8))
+    length = data.draw(st.integers(1, S))
+    budget = data.draw(st.integers(1, length))
+    floor = data.draw(st.integers(0, budget))
+    score = [data.draw(st.lists(scores, min_size=S, max_size=S)) for _ in range(H)]
+    one_row = [torch.tensor([n]) for n in (length, budget, floor)]
+    found = kernels.highest(torch.tensor([score]), *one_row, length)[0].tolist()
+    ranked = [sorted(range(length), key=lambda p, row=row: order_of(row[p], p), reverse=True) for row in score]
+    kept = [order[:floor] for order in ranked]
+    # The competition ranks by score and position; where these are equal too, the earlier head wins.
+    rest = [(order_of(score[h][p], p), -h) for h, order in enumerate(ranked) for p in order[floor:]]
+    for (_, p), minus_h in sorted(rest, reverse=True)[: H * (budget - floor)]:
+        kept[-minus_h].append(p)
+    assert found == [sorted(positions) + [-1] * (length - len(positions)) for positions in kept]
+
+
+def test_attention_from_all_queries_is_attention_from_the_last_n_of_n():
+    q, k, lengths = torch.randn(2, 6, 9, 8), torch.randn(2, 3, 9, 8), torch.tensor([9, 5])
+    received = kernels.received_attention(q, k, lengths)
+    torch.testing.assert_close(kernels.received_from_last(q, k, lengths, 9), received)
+    torch.testing.assert_close(received.sum(-1), lengths[:, None].float().expand(2, 3))
+
+
 def test_write_slots_writes_only_the_named_slot_of_each_head():
     buffer = torch.zeros(2, 3, 5, 4)
     slots = torch.tensor([[[0], [4], [2]], [[1], [1], [3]]])
@@ -73,9 +119,9 @@ def test_attend_block_equals_sdpa_over_the_live_slots_that_are_no_newer():
     q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
     pos = torch.stack([torch.randperm(11) for _ in range(6)]).view(2, 3, 11)
     pos[pos == 4] = -1
-    asking = torch.tensor([[1, 2, 3, 5, 9], [0, 6, 7, 8, 10]])
-    y, received = kernels.attend_block(q, k, v, pos, asking)
-    seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= asking[:, None, :, None])
+    query_positions = torch.tensor([[1, 2, 3, 5, 9], [0, 6, 7, 8, 10]])
+    y, received = kernels.attend_block(q, k, v, pos, query_positions)
+    seen = (pos[:, :, None] >= 0) & (pos[:, :, None] <= query_positions[:, None, :, None])
     wanted = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, attn_mask=seen.repeat_interleave(2, 1), enable_gqa=True
     )
@@ -87,8 +133,12 @@ def test_attend_block_equals_sdpa_over_the_live_slots_that_are_no_newer():
 @pytest.mark.parametrize("block_scores", [1, 100, 500])
 def test_the_size_of_a_block_of_scores_changes_nothing(monkeypatch, block_scores):
     q, k, v, lengths = torch.randn(2, 6, 17, 8), torch.randn(2, 3, 17, 8), torch.randn(2, 3, 17, 8), [17, 9]
-    pos, asking = torch.arange(17).expand(2, 3, 17), torch.arange(17).expand(2, 17)
-    both = kernels.received_attention(q, k, torch.tensor(lengths)), *kernels.attend_block(q, k, v, pos, asking)
+    pos, query_positions = torch.arange(17).expand(2, 3, 17), torch.arange(17).expand(2, 17)
+
+    def compute():
+        received = kernels.received_attention(q, k, torch.tensor(lengths))
+        return received, *kernels.attend_block(q, k, v, pos, query_positions)
+
+    in_one_block = compute()
     monkeypatch.setattr(kernels, "BLOCK_SCORES", block_scores)
-    again = kernels.received_attention(q, k, torch.tensor(lengths)), *kernels.attend_block(q, k, v, pos, asking)
-    torch.testing.assert_close(again, both)
+    torch.testing.assert_close(compute(), in_one_block)

@@ -5,10 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import paper_budget, paper_interval, paper_selects
 
-from scope import SCORES, STRATEGIES, Policy, schedule
+from scope import SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
 
 sizes = st.integers(0, 24)
 policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, st.sampled_from(list(SCORES)))
+limited = policies.filter(lambda policy: policy.name != "full")
 lengths = st.integers(1, 80)
 
 
@@ -25,7 +26,7 @@ def test_a_selection_leaves_exactly_the_papers_budget(policy, T):
             assert live_after(plan, t) == min(t, paper_budget(policy.name, policy.heavy, policy.recent, T, t))
 
 
-@given(policies, lengths)
+@given(limited, lengths)
 def test_between_selections_the_pool_stays_below_budget_plus_interval(policy, T):
     plan, interval = schedule(policy, T), paper_interval(policy.name, policy.heavy, policy.recent, T)
     for t in range(1, T + 1):
@@ -40,17 +41,16 @@ def test_no_step_selects_where_the_paper_does_not(policy, T):
 
 
 @given(policies, lengths)
-def test_every_slot_is_used_before_another_is_allocated(policy, T):
+def test_there_are_as_many_slots_as_tokens_are_ever_held_at_a_time(policy, T):
     plan = schedule(policy, T)
-    most = max(live_after(plan, t) + plan.steps[t - 1].evict for t in range(1, T + 1))
-    assert plan.n_slots == most
-    assert plan.n_slots <= max(policy.heavy + policy.recent + paper_interval(*_numbers(policy), T), 0) or not any(
-        step.evict for step in plan.steps
-    )
+    assert plan.n_slots == max(live_after(plan, t) + plan.steps[t - 1].evict for t in range(1, T + 1))
+    assert plan.max_evict == max(step.evict for step in plan.steps)
 
 
-def _numbers(policy):
-    return policy.name, policy.heavy, policy.recent
+@given(limited, lengths)
+def test_the_slots_do_not_grow_with_the_output(policy, T):
+    interval = paper_interval(policy.name, policy.heavy, policy.recent, T)
+    assert schedule(policy, T).n_slots <= min(T, policy.heavy + policy.recent + interval)
 
 
 @given(policies, lengths)
@@ -84,11 +84,19 @@ def test_the_papers_example_peaks_three_percent_over_its_budget():
     assert live_after(plan, 4096) == 512
 
 
-@pytest.mark.parametrize("name", ["slide", "adaptive", "discontinuous", "recent"])
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "full"])
 @pytest.mark.parametrize(("heavy", "recent"), [(0, 0), (0, 5), (5, 0), (100, 100)])
 def test_extreme_budgets_are_legal(name, heavy, recent):
     plan = schedule(Policy(name, heavy, recent, "cumulative"), 20)
     assert live_after(plan, 20) == min(20, heavy + recent)
+
+
+@given(st.integers(1, 200), st.integers(1, 200), st.integers(2, 12), st.sampled_from([linear, gently_linear]))
+def test_a_linear_spread_falls_with_the_layers_and_keeps_the_mean(budget, most, n_layers, spread):
+    shares = [spread(budget, layer, n_layers, most) for layer in range(n_layers)]
+    assert shares == sorted(shares, reverse=True)
+    assert all(0 <= share <= most for share in shares)
+    assert abs(sum(shares) / n_layers - min(budget, most)) <= 0.5
 
 
 @pytest.mark.parametrize(
@@ -103,3 +111,17 @@ def test_extreme_budgets_are_legal(name, heavy, recent):
 def test_impossible_policies_are_refused_by_name(name, heavy, recent, score, complaint):
     with pytest.raises(ValueError, match=complaint):
         Policy(name, heavy, recent, score)
+
+
+@pytest.mark.parametrize(
+    ("compress", "budget", "obs_window", "complaint"),
+    [
+        ("zip", 4, 2, "unknown compressor 'zip': choose from full, h2o"),
+        ("snapkv", 0, 1, "prompt_budget is 0: it must be 1 token or more"),
+        ("snapkv", 4, 0, "obs_window is 0: it must be 1 to 4 tokens"),
+        ("snapkv", 4, 5, "obs_window is 5: it must be 1 to 4 tokens"),
+    ],
+)
+def test_impossible_prompt_policies_are_refused_by_name(compress, budget, obs_window, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        PromptPolicy(compress, budget, obs_window)

@@ -1,0 +1,87 @@
+"""The worked examples in the docstrings: their numbers hold, and the docstrings still say them."""
+
+import torch
+
+import kernels
+import scope
+from cache import Cache, CacheSize, round_up
+from generate import Options
+from model import ModelConfig
+from scope import FULL, Policy, PromptPolicy
+
+
+def says(documented, text: str) -> bool:
+    return text in " ".join(documented.__doc__.split())
+
+
+def test_growing():
+    assert says(scope.growing, "heavy 6, recent 4, T 16: the budget is 4 at step 4, 7 at step 10, 10 at step 16.")
+    policy = Policy("adaptive", heavy=6, recent=4, score="cumulative")
+    assert [scope.growing(policy, 16, t) for t in (4, 10, 16)] == [4, 7, 10]
+
+
+def test_linear():
+    assert says(scope.linear, "Budget 100, 4 layers: 195, 132, 68, 5. With `most` = 150, layer 0 gets 150")
+    assert [scope.linear(100, layer, 4, most=1000) for layer in range(4)] == [195, 132, 68, 5]
+    capped = [scope.linear(100, layer, 4, most=150) for layer in range(4)]
+    assert capped[0] == 150 and sum(capped) == 400  # the slope is less steep, the mean is the same
+
+
+def test_schedule():
+    assert says(scope.schedule, "slide, heavy 1, recent 1 (budget 2), T 4.")
+    plan = scope.schedule(Policy("slide", heavy=1, recent=1, score="cumulative"), 4)
+    assert says(scope.schedule, "t = 1 writes slot 0; t = 2 writes slot 1; t = 3 writes slot 2 and one of the three")
+    assert [(step.reuse, step.fresh, step.evict) for step in plan.steps[:3]] == [(-1, 0, 0), (-1, 1, 0), (-1, 2, 1)]
+    assert says(scope.schedule, "t = 4 overwrites the dead slot, and again one dies.")
+    assert (plan.steps[3].reuse, plan.steps[3].evict) == (0, 1)
+    assert says(scope.schedule, "Three slots are enough for any T.")
+    assert {scope.schedule(Policy("slide", 1, 1, "cumulative"), T).n_slots for T in (4, 5, 50, 500)} == {3}
+
+
+def test_rank_key():
+    wanted = "Scores 0.5, 0.25, 0.25 at positions 7, 9, 3 sort as (0.25, 3), (0.25, 9), (0.5, 7)."
+    assert says(kernels.rank_key, wanted)
+    tokens = [(0.5, 7), (0.25, 9), (0.25, 3)]
+    score, pos = torch.tensor([s for s, _ in tokens]), torch.tensor([p for _, p in tokens], dtype=torch.int32)
+    order = kernels.rank_key(score, pos).argsort().tolist()
+    assert [tokens[i] for i in order] == [(0.25, 3), (0.25, 9), (0.5, 7)]
+
+
+def test_highest():
+    assert says(kernels.highest, "Example with 2 heads, budget 2, floor 1: scores (9, 8, 7) and (3, 2, 1).")
+    assert says(kernels.highest, "Head 0 keeps 0, 1, 2 and head 1 keeps 0.")
+    score = torch.tensor([[[9.0, 8.0, 7.0], [3.0, 2.0, 1.0]]])
+    length, budget, floor = (torch.tensor([n]) for n in (3, 2, 1))
+    assert kernels.highest(score, length, budget, floor, 3).tolist() == [[[0, 1, 2], [0, -1, -1]]]
+
+
+def test_ranks():
+    assert says(kernels.ranks, "(30, 50, 40) -> (2, 0, 1)")
+    assert kernels.ranks(torch.tensor([30, 50, 40])).tolist() == [2, 0, 1]
+
+
+def test_sample():
+    example = "Probabilities 0.5, 0.3, 0.2 and top_p 0.7: tokens 0 and 1 stay, with edges 0.5 and 0.8."
+    assert says(kernels.Sampler.sample, example)
+    sampler = kernels.Sampler(Options(temperature=1.0, top_p=0.7), [])
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(3, 1)
+    assert says(
+        kernels.Sampler.sample, "Noise 0.6 is scaled to 0.6 * 0.8 = 0.48, which is below the first edge: token 0."
+    )
+    assert says(kernels.Sampler.sample, "Noise 0.7 gives 0.56: token 1.")
+    almost_one = 1 - 2**-24  # the largest noise: token 2 is cut off
+    assert sampler.sample(logits, torch.tensor([0.6, 0.7, almost_one])).tolist() == [0, 1, 1]
+
+
+def test_slots_for():
+    assert says(Cache.slots_for, "2 heads keep 100 tokens each, 32 of them in the window, and adakv's floor is 0.2")
+    assert says(Cache.slots_for, "a head is sure of 13 and may lose 55 to the other head. So each head needs 100 + 55")
+    config = ModelConfig(9, 8, 8, n_layers=1, n_heads=2, n_kv_heads=2, head_dim=4)
+    cache = Cache(config, FULL, PromptPolicy("adakv", 100, 32), CacheSize(1, [500], 4), torch.float32)
+    assert cache.slots_for(0, [500]) == 155
+    assert cache.slots_for(0, [120]) == 120  # no head keeps more than the whole prompt
+
+
+def test_round_up():
+    assert says(round_up, "round_up(65, 64) is 128")
+    assert [round_up(n, 64) for n in (0, 1, 64, 65)] == [0, 64, 64, 128]
