@@ -1,6 +1,7 @@
 """Train the mini model from scratch: python checkpoints/mini/train.py (one seed, one sitting, one core is enough).
 
-The texts come from problems.py, the model from the engine's model.py; everything else is here, in the order it happens.
+The texts come from problems.py. The model, its file format and the decoding of held-out prompts are the engine's own;
+everything else is here, in the order in which it happens.
 """
 
 import argparse
@@ -9,14 +10,13 @@ import json
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 HERE = Path(__file__).resolve().parent
@@ -33,7 +33,10 @@ from problems import (  # noqa: E402
     vocabulary,
 )
 
-from generate import HF_NAMES  # noqa: E402
+from generate import generate  # noqa: E402
+from hf import load_checkpoint  # noqa: E402
+from hf.checkpoint import split_weights  # noqa: E402
+from hf.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from model import Llama, ModelConfig  # noqa: E402
 
 UNK, BOS, EOS, PAD = range(4)
@@ -124,14 +127,15 @@ def check_args(parser: Parser, args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    tokenizer, rng, progress = load_tokenizer(args.out), Random(f"train {args.seed}"), Progress()
-    model = Llama(mini_config(tokenizer)).to(args.device)
+    pieces, rng, progress = load_pieces(args.out), Random(f"train {args.seed}"), Progress()
+    config = mini_config(pieces)
+    model, tokenizer = Llama(config).to(args.device), load_tokenizer(args.out, {}, config.vocab_size)
     optimizers = make_optimizers(model)
     # One compiled graph per bucket. Inductor's online softmax is slow on a CPU.
     step_loss = torch.compile(answer_loss, dynamic=False, options={"online_softmax": False})
     for step, bucket in enumerate(schedule(args.seed), start=1):
         set_learning_rates(optimizers, learning_rate_factor(step))
-        batch = make_batch(tokenizer, rng, bucket)
+        batch = make_batch(pieces, rng, bucket)
         loss = step_loss(model, *(t.to(args.device) for t in batch))
         loss.backward()
         update(model, optimizers)
@@ -201,23 +205,23 @@ def schedule(seed: int):
 # ---------------------------------------------------------------- data
 
 
-def make_batch(tokenizer, rng: Random, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
+def make_batch(pieces, rng: Random, bucket: Bucket) -> tuple[Tensor, Tensor, Tensor]:
     """-> tokens, positions, targets, each [batch, length]; rows are padded on the right."""
-    rows = [make_row(tokenizer, rng, bucket) for _ in range(bucket.batch)]
+    rows = [make_row(pieces, rng, bucket) for _ in range(bucket.batch)]
     return tuple(torch.tensor(columns) for columns in zip(*rows, strict=True))
 
 
-def make_row(tokenizer, rng: Random, bucket: Bucket) -> tuple[list[int], list[int], list[int]]:
+def make_row(pieces, rng: Random, bucket: Bucket) -> tuple[list[int], list[int], list[int]]:
     """Draw problems until one fits. With lines dropped it must fill four fifths of the row, to waste little."""
     dropping = rng.random() < 0.7
     while True:
-        tokens, positions, targets = make_sample(tokenizer, rng, rng.randint(bucket.k_min, bucket.k_max), dropping)
+        tokens, positions, targets = make_sample(pieces, rng, rng.randint(bucket.k_min, bucket.k_max), dropping)
         padding = bucket.length - len(tokens)
         if 0 <= padding <= (bucket.length // 5 if dropping else bucket.length):
             return tokens + [PAD] * padding, positions + [0] * padding, targets + [IGNORE] * padding
 
 
-def make_sample(tokenizer, rng: Random, n_questions: int, dropping: bool) -> tuple[list[int], list[int], list[int]]:
+def make_sample(pieces, rng: Random, n_questions: int, dropping: bool) -> tuple[list[int], list[int], list[int]]:
     """One problem -> tokens, positions, targets, whole or with some of its answer lines left out.
 
     Half of the prompts list their questions in shuffled order, half begin at another label than 1.
@@ -225,8 +229,8 @@ def make_sample(tokenizer, rng: Random, n_questions: int, dropping: bool) -> tup
     first_label = rng.choice((1, rng.randint(1, MAX_LABEL + 1 - n_questions)))
     questions = make_questions(rng, n_questions, reference_rate=rng.uniform(0.2, 0.6), first_label=first_label)
     order = rng.sample(questions, n_questions) if rng.random() < 0.5 else questions
-    prompt = [BOS] + tokenizer.encode(prompt_text(questions, order))
-    lines = tokenizer.encode([q.solution() for q in questions])
+    prompt = [BOS] + pieces.encode(prompt_text(questions, order))
+    lines = pieces.encode([q.solution() for q in questions])
     lines[-1].append(EOS)
     return join_lines(prompt, lines, kept_lines(rng, questions) if dropping else [True] * n_questions)
 
@@ -260,8 +264,7 @@ def join_lines(prompt: list[int], lines: list[list[int]], kept: list[bool]) -> t
 
 def evaluate_checkpoint(args: argparse.Namespace) -> None:
     """Free-running greedy accuracy of the weights as they lie on disk."""
-    tokenizer = load_tokenizer(args.out)
-    model = load_model(args.out, mini_config(tokenizer), getattr(torch, args.dtype)).to(args.device)
+    model, tokenizer = load_checkpoint(str(args.out), args.device, args.dtype)
     problems = held_out(args.prompts, args.k, args.seed, args.min_distance)
     print(f"K={args.k}, {args.prompts} prompts, {args.dtype}: {accuracy_text(model, tokenizer, problems)}")
 
@@ -271,73 +274,18 @@ def held_out(n_prompts: int, k: int, seed: int, min_distance: int = 1) -> list[P
     return [make_problem(f"held-out {seed} {i}", k, min_distance=min_distance) for i in range(n_prompts)]
 
 
-def accuracy_text(model: Llama, tokenizer, problems: list[Problem]) -> str:
+def accuracy_text(model: Llama, tokenizer: Tokenizer, problems: list[Problem]) -> str:
+    """The model answers greedily and evicts nothing."""
+    longest = max(len(tokenizer.encode(problem.answer)) for problem in problems) + 10
+    settings = {"max_new_tokens": longest, "batch_size": 32, "compile": False}
+    answers = generate(model, tokenizer, [problem.prompt for problem in problems], "full", **settings)
     plain, references = [], []  # one bool per question: answered right
-    for problem, answer in zip(problems, solve_all(model, tokenizer, problems), strict=True):
-        results = read_results(answer)
+    for problem, answer in zip(problems, answers, strict=True):
+        results = read_results(answer.text)
         for label, (value, is_reference) in enumerate(zip(problem.expected, problem.is_reference, strict=True), 1):
             (references if is_reference else plain).append(results.get(label) == value)
     named = {"all": plain + references, "plain": plain, "cross-reference": references}
     return ", ".join(f"{name} {100 * sum(h) / max(len(h), 1):.2f} % of {len(h)}" for name, h in named.items())
-
-
-def solve_all(model: Llama, tokenizer, problems: list[Problem], batch: int = 32) -> list[str]:
-    """The model's greedy answers, a batch of prompts at a time."""
-    answers = []
-    for i in range(0, len(problems), batch):
-        prompts = [[BOS] + tokenizer.encode(p.prompt) for p in problems[i : i + batch]]
-        limit = 10 + max(len(tokenizer.encode(p.answer)) for p in problems[i : i + batch])
-        answers += [tokenizer.decode(cut_at_eos(row)) for row in decode(model, prompts, limit)]
-    return answers
-
-
-@torch.inference_mode()
-def decode(model: Llama, prompts: list[list[int]], limit: int) -> list[list[int]]:
-    """Greedy decoding until every row has ended. Prompts are padded on the right; a row goes on at its own length."""
-    device = model.embed.weight.device
-    lengths, width = torch.tensor([len(p) for p in prompts], device=device), max(map(len, prompts))
-    tokens = torch.tensor([p + [PAD] * (width - len(p)) for p in prompts], device=device)  # [B, width]
-    positions = torch.arange(width, device=device).expand_as(tokens)
-    cache = GrowingCache(model, len(prompts), width + limit)
-    hidden = model(tokens, positions, cache.attends(positions))  # [B, width, hidden]
-    hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1, None]  # [B, 1, hidden]
-    written = []
-    while len(written) < limit and not all_ended(written):
-        written.append(model.logits(hidden).argmax(-1))  # [B, 1]
-        positions = lengths[:, None] + len(written) - 1
-        hidden = model(written[-1], positions, cache.attends(positions))
-    return torch.cat(written, dim=1).tolist()
-
-
-def all_ended(written: list[Tensor]) -> bool:
-    return bool(written) and bool((torch.cat(written, dim=1) == EOS).any(dim=1).all())
-
-
-def cut_at_eos(tokens: list[int]) -> list[int]:
-    return tokens[: tokens.index(EOS)] if EOS in tokens else tokens
-
-
-class GrowingCache:
-    """Keys and values of every token read so far, in the slot of its position. Nothing is ever evicted."""
-
-    def __init__(self, model: Llama, batch: int, max_len: int):
-        c = model.config
-        shape = (c.n_layers, 2, batch, max_len, c.n_kv_heads, c.head_dim)
-        self.kv = model.embed.weight.new_zeros(shape)
-
-    def attends(self, positions: Tensor) -> list:
-        """positions [B, S] of the tokens about to be read -> one attend(q, k, v) per layer."""
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        end = int(positions.max()) + 1
-        mask = torch.arange(end, device=positions.device) <= positions[:, None, :, None]  # [B, 1, S, end]
-        return [partial(self.attend, kv, rows, positions, mask) for kv in self.kv]
-
-    @staticmethod
-    def attend(kv: Tensor, rows: Tensor, positions: Tensor, mask: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Write k and v [B, n_kv_heads, S, head_dim] of one layer, then let q see the slots that `mask` shows."""
-        kv[0, rows, positions], kv[1, rows, positions] = k.transpose(1, 2), v.transpose(1, 2)
-        k, v = kv[:, :, : mask.shape[-1]].transpose(2, 3)  # [B, n_kv_heads, end, head_dim] each
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
 class Progress:
@@ -362,7 +310,7 @@ class Progress:
         print(f"step {step}/{TOTAL_STEPS}: loss {mean:.4f}, {counts}, {minutes_left:.1f} min left", flush=True)
         self.losses, self.tokens, self.mark = [], 0, now
 
-    def evaluate(self, model: Llama, tokenizer, seed: int) -> None:
+    def evaluate(self, model: Llama, tokenizer: Tokenizer, seed: int) -> None:
         for k in EVAL_KS:
             print(f"  held out, K={k}: {accuracy_text(model, tokenizer, held_out(8, k, seed))}", flush=True)
         self.mark = time.time()
@@ -389,13 +337,13 @@ def train_tokenizer(out: Path) -> None:
     (out / "tokenizer.model").write_bytes(model.getvalue())
 
 
-def load_tokenizer(folder: Path):
+def load_pieces(folder: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
-def mini_config(tokenizer) -> ModelConfig:
+def mini_config(pieces: sentencepiece.SentencePieceProcessor) -> ModelConfig:
     return ModelConfig(
-        vocab_size=tokenizer.vocab_size(),
+        vocab_size=pieces.vocab_size(),
         hidden_size=128,
         intermediate_size=384,
         n_layers=4,
@@ -408,7 +356,7 @@ def mini_config(tokenizer) -> ModelConfig:
 
 
 def write_configs(out: Path) -> None:
-    write_json(out / "config.json", config_json(mini_config(load_tokenizer(out))))
+    write_json(out / "config.json", config_json(mini_config(load_pieces(out))))
     write_json(out / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
     write_json(out / "tokenizer_config.json", TOKENIZER_CONFIG)
     (out / "demo.txt").write_text(held_out(1, 16, seed=0)[0].prompt)
@@ -460,37 +408,8 @@ TOKENIZER_CONFIG = {
 
 def save_weights(model: Llama, out: Path) -> None:
     """Write the weights in bfloat16 under Hugging Face's names."""
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        names = hugging_face_names(name)
-        parts = tensor.to("cpu", torch.bfloat16).split(part_sizes(names, model.config, len(tensor)))
-        weights.update({n: part.contiguous() for n, part in zip(names, parts, strict=True)})
+    weights = {name: weight.to("cpu", torch.bfloat16) for name, weight in split_weights(model).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-
-
-def load_model(folder: Path, config: ModelConfig, dtype: torch.dtype) -> Llama:
-    """The weights of `folder`, computed with in `dtype`; the rotary frequencies stay float32."""
-    weights, model = load_file(folder / "model.safetensors"), Llama(config)
-    for name, parameter in model.named_parameters():
-        parameter.data = torch.cat([weights[n] for n in hugging_face_names(name)]).to(dtype)
-    return model
-
-
-def hugging_face_names(name: str) -> list[str]:
-    """layers.2.attention.wqkv.weight -> model.layers.2.self_attn.q_proj.weight and so on for k_proj and v_proj."""
-    name = name.removesuffix(".weight")
-    prefix = ""
-    if name.startswith("layers."):
-        _, layer, name = name.split(".", maxsplit=2)
-        prefix = f"model.layers.{layer}."
-    return [f"{prefix}{new}.weight" for new in HF_NAMES[name]]
-
-
-def part_sizes(names: list[str], config: ModelConfig, total: int) -> list[int]:
-    """Rows of each part of a fused matrix; q, k and v differ in size under grouped queries, gate and up do not."""
-    if len(names) == 3:
-        return [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    return [total // len(names)] * len(names)
 
 
 if __name__ == "__main__":
