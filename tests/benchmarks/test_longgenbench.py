@@ -465,7 +465,7 @@ def test_names_that_would_overlap_are_moved_apart():
         (["--mini", "--json", "no/such/x"], "--json no/such/x: there is no directory no/such"),
         (
             ["--mini", "--json", "x", "--predictions", "x"],
-            "--json, --predictions name the same file: give each its own",
+            "--json, --predictions name the same file",
         ),
         (["--data", "no.jsonl"], "No such file or directory: 'no.jsonl'"),
         (["--score-only", "/dev/null"], "/dev/null has no usable row"),

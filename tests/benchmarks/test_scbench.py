@@ -463,7 +463,7 @@ def test_every_default_method_has_room_for_its_own_answers_and_its_place_in_the_
         (["--mini", "--plot", "x.txt"], "--plot is x.txt: it must be .png, .pdf or .svg"),
         (
             ["--mini", "--json", "x", "--predictions", "x"],
-            "--json, --predictions name the same file: give each its own",
+            "--json, --predictions name the same file",
         ),
     ],
 )
