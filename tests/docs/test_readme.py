@@ -116,6 +116,7 @@ def test_python_runs_as_printed(code, output, monkeypatch, capsys):
     assert capsys.readouterr().out == output
 
 
+@pytest.mark.slow
 def test_the_demo_prints_what_the_readme_shows():
     assert "generate.py --policy discontinuous\n" in (ROOT / "Makefile").read_text()
     printed = run("generate.py", "--policy", "discontinuous", "--no-compile").splitlines()
