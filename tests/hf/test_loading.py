@@ -11,8 +11,9 @@ from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFound
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
-from checkpoints import CONFIG, make_checkpoint, write_fast_tokenizer, write_json
+from checkpoints import CONFIG, make_checkpoint, random_weights, write_fast_tokenizer, write_json
 from generate import load, main
+from hf.checkpoint import split_weights
 
 
 @pytest.fixture(scope="session")
@@ -141,6 +142,32 @@ def test_stop_ids_are_the_generation_configs_and_the_tokenizers(folder, generati
     if generation is not None:
         write_json(folder / "generation_config.json", generation)
     assert sorted(load(str(folder))[1].stop_ids) == wanted
+
+
+# ---- what is written
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1, "head_dim": 12},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+    ids=["MHA", "MQA, head_dim of its own", "tied embeddings", "biases"],
+)
+def test_split_weights_is_the_inverse_of_load_model(tmp_path, changes):
+    """Both ways: what was stored comes back under its own names, and what comes back loads as the same model."""
+    folder = make_checkpoint(tmp_path, seed=5, **changes)
+    stored, model = random_weights(CONFIG | changes, seed=5), load(str(folder))[0]
+    split = split_weights(model)
+    assert split.keys() == stored.keys()
+    assert all(torch.equal(split[name], stored[name]) for name in stored)
+    before = logits(folder)
+    (folder / "model.safetensors").unlink()
+    save_file(split, folder / "model.safetensors")
+    assert torch.equal(logits(folder), before)
 
 
 # ---- what is refused
@@ -380,4 +407,4 @@ def test_what_the_hub_answers_is_passed_on_in_one_line(capsys, monkeypatch, erro
 def test_ctrl_c_during_a_download_is_no_error_of_the_hub(capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=KeyboardInterrupt))
     assert main(["--checkpoint", "owner/model", "--prompt", "x"]) == 130
-    assert capsys.readouterr().err.split() == ["interrupted"]
+    assert capsys.readouterr().err.split() == ["generate.py:", "interrupted"]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -9,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpoints import TOKENIZERS, make_checkpoint, write_json
-from generate import Result, TextStream, load, main, without_stop
+from generate import load, main
+from hf.tokenizer import ChatHistory, TextStream, without_stop
 
 
 @pytest.fixture(scope="session")
@@ -25,7 +27,7 @@ def tokenizers(folders):
 
 every_kind = pytest.mark.parametrize("kind", TOKENIZERS)
 byte_level = pytest.mark.parametrize("kind", ["tokenizers"])
-letters = "".join(set("the cat\n\t 3é日本語🙂👩‍👩‍👧 \x00<>|\ufffd"))
+letters = "".join(sorted(set("the cat\n\t 3é日本語🙂👩‍👩‍👧 \x00<>|\ufffd")))
 texts = st.text(letters, max_size=20)
 
 
@@ -53,7 +55,7 @@ def test_a_sentencepiece_checkpoint_may_ask_for_no_bos(folders, tmp_path):
 
 
 @every_kind
-@given(before=texts, text=texts)
+@given(before=texts.filter(bool), text=texts)
 def test_a_text_that_follows_another_one_brings_no_space_of_its_own(tokenizers, kind, before, text):
     ids = tokenizers[kind].encode(before) + tokenizers[kind].encode_after(text)
     assert tokenizers[kind].decode(ids) == before + text
@@ -61,12 +63,14 @@ def test_a_text_that_follows_another_one_brings_no_space_of_its_own(tokenizers, 
 
 @pytest.mark.parametrize("kind, token, stop", [("sentencepiece", "</s>", 2), ("tokenizers", "<|end|>", 1)])
 def test_the_stop_token_that_a_template_repeats_is_read_once_whatever_space_is_before_it(tokenizers, kind, token, stop):
-    tokenizer, answer = tokenizers[kind], Result(0, 1, [9, stop], "cat", "stop", stats=None)
+    tokenizer = tokenizers[kind]
     for space in ("", " ", "\n  \n"):
         ids = tokenizer.encode_after(f"{space}{token}the")
-        assert without_stop(tokenizer, ids, answer) == ids[ids.index(stop) + 1 :] != []
+        assert without_stop(tokenizer, ids, stop) == ids[ids.index(stop) + 1 :] != []
     for ids in (tokenizer.encode_after("the"), tokenizer.encode_after(f"the{token}")):
-        assert without_stop(tokenizer, ids, answer) == ids
+        assert without_stop(tokenizer, ids, stop) == ids
+    ended_by_length = tokenizer.encode_after(f"{token}the")
+    assert without_stop(tokenizer, ended_by_length, None) == ended_by_length
 
 
 SPECIAL = {"sentencepiece": ("</s>", 2), "tokenizers": ("<|user|>", 2), "converted": ("</s>", 2)}
@@ -242,6 +246,66 @@ def test_a_sentencepiece_checkpoint_chats_too(folders, tmp_path):
     )
     tokenizer = load(str(folder))[1]
     assert tokenizer.chat(HELLO) == tokenizer.encode("[INST] the cat [/INST]")
+
+
+# ---- what each turn of a conversation adds
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "added"),
+    [
+        ("cat", None, "<|user|>a dog<|assistant|>"),
+        ("cat", 1, "<|user|>a dog<|assistant|>"),
+        (" cat ", None, "<|user|>a dog<|assistant|>"),  # as many templates, this one strips an answer
+        ("", 1, "<|user|>a dog<|assistant|>"),
+    ],
+)
+def test_a_turn_adds_what_the_template_puts_after_the_last_answer(folders, tmp_path, answer, stop, added):
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.strip() }}{% endfor %}<|assistant|>"
+    tokenizer = load(str(with_template(folders, tmp_path, template)))[1]
+    history = ChatHistory(tokenizer)
+    assert history.add_question("the cat") == (tokenizer.encode("<|user|>the cat<|assistant|>", bos=False), False)
+    history.add_answer(answer, stop)
+    assert history.add_question("a dog") == (tokenizer.encode(added, bos=False), True)
+
+
+@pytest.mark.parametrize(
+    ("answer", "stop", "added"),
+    [
+        ("cat", 1, "<|user|><|assistant|>"),
+        (" cat ", 1, "<|user|><|assistant|>"),
+        ("", 1, "<|user|><|assistant|>"),
+        ("cat", None, "<|end|><|user|><|assistant|>"),
+    ],
+)
+def test_the_stop_token_that_ends_an_answer_is_read_once(tokenizers, answer, stop, added):
+    """Token 1 is <|end|>: the template writes it, and so did the model if it ended with it."""
+    tokenizer = tokenizers["tokenizers"]
+    history = ChatHistory(replace(tokenizer, template=
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content.strip() }}"
+        "{% if m.role == 'assistant' %}<|end|>{% endif %}{% endfor %}<|assistant|>"
+    ))  # fmt: skip
+    history.add_question("the")
+    history.add_answer(answer, stop)
+    ids, continues = history.add_question("")
+    assert continues and ids == tokenizer.encode(added, bos=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}",
+        "{% for m in messages if m.role == 'user' %}<|user|>{{ m.content }}{% endfor %}",
+    ],
+    ids=["the beginning is another", "the answer is left out"],
+)
+def test_a_template_that_changes_earlier_turns_gives_the_whole_conversation_again(tokenizers, template):
+    tokenizer = replace(tokenizers["tokenizers"], template=template)
+    history = ChatHistory(tokenizer)
+    history.add_question("the cat")
+    history.add_answer("mat", None)
+    ids, continues = history.add_question("a dog")
+    assert not continues and ids == tokenizer.chat(history.messages)
 
 
 LIST = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0].content }}!"}]
