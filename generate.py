@@ -245,7 +245,7 @@ class Row:
 READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and each read makes it wait
 
 # torch stops compiling a function after 8 graphs. A process that runs many policies needs more: each has an append and
-# a select graph per shape, and a pool that grows has two for each 256 slots that it reads.
+# a select graph per shape, and a pool that grows has up to two for each 256 slots that it reads.
 torch._dynamo.config.recompile_limit = 64
 
 # Inductor would compute the norm before a linear layer again for each output channel. These two settings make it store
@@ -256,7 +256,7 @@ CPU_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 6}
 def decode_step(
     model: Llama, cache: Cache, sampler: kernels.Sampler, now: StepInput, select: bool, token, noise, stopped
 ):
-    """Feed token [B] and choose the next one. This function is compiled: one graph appends, another one selects."""
+    """Feed token [B] and choose the next one. Compiled: a graph for append steps and one for select steps."""
     hidden = model(token[:, None], now.position[:, None], cache.step_attention(now, select))
     return sampler(model.logits(hidden[:, -1]), noise, stopped)
 
@@ -435,7 +435,8 @@ class Conversation:
 
     All that is read stays, except what --compress takes of the context. Of an answer stays what the policy has left of
     it when the next turn is read. Each turn has a decode budget and a T of its own. Requests over one context run one
-    after the other. Raises ValueError, before anything is computed, for what cannot be run.
+    after the other. The tokenizer needs `encode_after` too. Raises ValueError, before anything is computed, for what
+    cannot be run.
     """
 
     def __init__(self, model: Llama, tokenizer, context: str | list[int], policy=Options.policy, **settings):
