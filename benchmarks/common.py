@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -170,18 +169,11 @@ NOT_OF_A_METHOD |= {"temperature", "top_k", "top_p", "seed"}
 ONLY_SPEED = ("checkpoint", "device", "dtype", "batch_size", "compile")  # settings that change no token
 
 
-@dataclass(frozen=True)
-class Method:
-    """`NAME[:FIELD=VALUE,...]`, as the command line and the tables write it."""
-
-    text: str
-    settings: dict
-
-
-def parse_method(text: str) -> Method:
+def parse_method(text: str) -> dict:
+    """`NAME[:FIELD=VALUE,...]`, as the command line and the tables write a method -> its settings."""
     name, _, rest = text.partition(":")
     require_known("policy", name, STRATEGIES)
-    return Method(text, {"policy": name} | parse_settings(rest))
+    return {"policy": name} | parse_settings(rest)
 
 
 def parse_settings(text: str) -> dict:
@@ -230,8 +222,9 @@ def make_jobs(arguments: argparse.Namespace, methods: list[str], shares: list[fl
     for share in shares:
         for budget in arguments.decode_budget:
             budgets = budget_settings(share, budget, arguments.recent, sizes)
-            for method in map(parse_method, methods):
-                job = make_job(method, run | budgets, common | method.settings, share, budget, sizes)
+            for method in methods:
+                own = common | parse_method(method)
+                job = make_job(method, run | budgets, own, share, budget, sizes)
                 jobs.setdefault(json.dumps(job.effective()), job)  # two jobs with the same settings are one
     return list(jobs.values())
 
@@ -245,7 +238,7 @@ def budget_settings(share: float, budget: float, recent: int | None, sizes: Size
     return {"compress": WHOLE_PROMPT.compress, "heavy": total - recent, "recent": recent} | prompt
 
 
-def make_job(method: Method, settings: dict, own: dict, share: float, budget: float, sizes: Sizes) -> Job:
+def make_job(method: str, settings: dict, own: dict, share: float, budget: float, sizes: Sizes) -> Job:
     """own: settings that --set or the method chose. They replace others, and the labels say what they come to."""
     settings = settings | own
     options = Options(**settings)  # refuses what is impossible
@@ -258,7 +251,7 @@ def make_job(method: Method, settings: dict, own: dict, share: float, budget: fl
         unused, share = unused | {"prompt_budget", "obs_window"}, 1.0
     elif share == 1 or "prompt_budget" in own:
         share = round(min(1.0, options.prompt_budget / sizes.prompt), 3)
-    labels = {"method": method.text, "prompt_share": share, "decode_budget": budget}
+    labels = {"method": method, "prompt_share": share, "decode_budget": budget}
     return Job(labels, {name: value for name, value in settings.items() if name not in unused})
 
 
@@ -300,15 +293,7 @@ def key_of(job: Job, weights: str, content: list | dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def run_prompts(
-    model, tokenizer, prompts: list[list[int]], asked: list[dict], jobs: list[Job], path: str | None
-) -> list[dict]:
-    """`run_jobs` where a prediction is the answer to one prompt: {"pred", "finish_reason", "stats"}."""
-    work = partial(predict_prompts, model, tokenizer, prompts)
-    return run_jobs(model, prompts, asked, jobs, path, work, "prompts")
-
-
-def predict_prompts(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: "Progress") -> Iterator:
+def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: "Progress") -> Iterator:
     """(index, prediction) of each missing prompt, a batch at a time."""
     if not missing:
         return

@@ -11,6 +11,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "mini"))
@@ -181,7 +182,8 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     for job in jobs:
         check_run(model.config, prompts, Options(**job.settings))
     asked = [example.asked() | {"source": source_of(arguments)} for example in examples]
-    return common.run_prompts(model, tokenizer, prompts, asked, jobs, common.predictions_path(arguments))
+    path, work = common.predictions_path(arguments), partial(common.predict, model, tokenizer, prompts)
+    return common.run_jobs(model, prompts, asked, jobs, path, work, "prompts")
 
 
 def settings_of(arguments: argparse.Namespace, solution: int, questions: int) -> dict:

@@ -144,27 +144,20 @@ def letter(pred: str, answers: list[str]) -> float:
 
 
 def word_f1(pred: str, answers: list[str]) -> float:
-    """English questions: harmonic mean of precision and recall over words, of the best answer. The published script
-    looks for the answer anywhere in the text, so that a long text is more often right."""
-    return max(f1(words(pred), words(answer)) for answer in answers)
+    """English questions: the F1 of words, of the best answer, without articles, as in SQuAD (arXiv 1606.05250). The
+    published script looks for the answer anywhere in the text, so that a long text is more often right."""
+    texts = ([x for x in re.findall(r"\w+", text.lower()) if x not in ("a", "an", "the")] for text in (pred, *answers))
+    return best_f1(*map(Counter, texts))
 
 
 def character_f1(pred: str, answers: list[str]) -> float:
-    """Chinese questions: the same over characters."""
-    return max(f1(characters(pred), characters(answer)) for answer in answers)
+    """Chinese questions: the F1 of letters and digits, of the best answer."""
+    return best_f1(*(Counter(x for x in text.lower() if x.isalnum()) for text in (pred, *answers)))
 
 
-def f1(given: Counter, wanted: Counter) -> float:
-    return 2 * (given & wanted).total() / max(given.total() + wanted.total(), 1)
-
-
-def words(text: str) -> Counter:
-    """Without articles and punctuation, as SQuAD counts them (arXiv 1606.05250)."""
-    return Counter(x for x in re.findall(r"\w+", text.lower()) if x not in ("a", "an", "the"))
-
-
-def characters(text: str) -> Counter:
-    return Counter(x for x in text.lower() if x.isalnum())
+def best_f1(given: Counter, *wanted: Counter) -> float:
+    """The harmonic mean of precision and recall, for the answer that fits best."""
+    return max(2 * (given & each).total() / max(given.total() + each.total(), 1) for each in wanted)
 
 
 def solution(pred: str, answers: list[str]) -> float:
@@ -274,9 +267,7 @@ def data_example(name: str, row: dict) -> Example:
         raise ValueError("no text in `context`")
     if not isinstance(turns, list) or not turns:
         raise ValueError("no list in `multi_turns`")
-    for i, turn in enumerate(turns):
-        check_turn(task, f"turn {i + 1}", turn)
-    answers = [answers_of(turn) for turn in turns]
+    answers = [checked_answers(task, f"turn {i + 1}", turn) for i, turn in enumerate(turns)]
     return Example(
         task=name,
         context=f"{task.start}{context}",  # math find has a list of numbers
@@ -286,27 +277,23 @@ def data_example(name: str, row: dict) -> Example:
     )
 
 
-def check_turn(task: Task, name: str, turn) -> None:
+def checked_answers(task: Task, name: str, turn) -> list[str]:
+    """All that is right, of an option its letter; ValueError says what is wrong with a turn."""
     if not isinstance(turn, dict) or not isinstance(turn.get("input"), str):
         raise ValueError(f"{name} has no text in `input`")
-    if not isinstance(turn.get("options"), list | None):
+    options, given = turn.get("options") or [], turn.get("answer")
+    if not isinstance(options, list):
         raise ValueError(f"{name} has no list in `options`")
-    answers = answers_of(turn)
-    if not answers or not all(answers):
+    given = given if isinstance(given, list) else [given]
+    given = ["ABCD"[options.index(x)] if x in options[:4] else x for x in given]
+    answers = [str(x) for x in given if isinstance(x, str | int | float) and str(x)]
+    if not answers or len(answers) < len(given):
         raise ValueError(f"{name} has neither a text nor a number in `answer`")
     if task.score is first_number and not re.fullmatch(NUMBER, answers[0]):
         raise ValueError(f"{name} has {answers[0][:40]!r} for an answer: a number is expected")
-    if task.score is letter and (len(turn.get("options") or []) != 4 or answers[0] not in list("ABCD")):
+    if task.score is letter and (len(options) != 4 or answers[0] not in list("ABCD")):
         raise ValueError(f"{name} is no choice of four `options`, one of which is the answer")
-
-
-def answers_of(turn: dict) -> list[str]:
-    """All that is right; of an option its letter."""
-    given = turn.get("answer")
-    given = given if isinstance(given, list) else [given]
-    options = list(turn.get("options") or [])
-    letters = ["ABCD"[options.index(x)] if x in options[:4] else x for x in given]
-    return [str(x) if isinstance(x, str | int | float) else "" for x in letters]
+    return answers
 
 
 def query_text(task: Task, turn: dict) -> str:
@@ -575,21 +562,17 @@ def by_turn(scored: list[Scored]) -> list[tuple[float, float]]:
 def times(rows: list[dict]) -> dict:
     """Medians: seconds to the first token of the first query, of later ones, and of each turn."""
     starts = [[row["prefill_s"] + row["start_s"][0], *row["start_s"][1:]] for row in rows]  # the first one waits
-    prefill_s, first_s = (statistics.median(each) for each in ([row["prefill_s"] for row in rows], column(starts, 0)))
-    known = {"prefill_s": prefill_s, "first_start_s": first_s}
-    known["start_by_turn"] = [(i + 1, statistics.median(column(starts, i))) for i in range(max(map(len, starts)))]
-    if later := [x for seconds in starts for x in seconds[1:]]:
+    turns = [[row[i] for row in starts if i < len(row)] for i in range(max(map(len, starts)))]
+    by_turn = [(number, statistics.median(seconds)) for number, seconds in enumerate(turns, 1)]
+    prefill_s, first_s = statistics.median(row["prefill_s"] for row in rows), by_turn[0][1]
+    known = {"prefill_s": prefill_s, "first_start_s": first_s, "start_by_turn": by_turn}
+    if later := [seconds for turn in turns[1:] for seconds in turn]:
         later_s = statistics.median(later)
         known |= {"later_start_s": later_s, "saved": 1 - later_s / first_s}
         known |= {"saved_prefills": (first_s - later_s) / prefill_s}
     if restarts := [row["restart"] for row in rows if row["restart"] is not None]:
         known["restart"] = statistics.median(restarts)
     return known
-
-
-def column(rows: list[list[float]], i: int) -> list[float]:
-    """Entry i of all rows that have one."""
-    return [row[i] for row in rows if i < len(row)]
 
 
 COLUMNS: report.Columns = {
@@ -620,28 +603,17 @@ def panels(lines: list[dict]) -> list[Panel]:
     made = []
     for group in report.grouped(lines, "source"):
         whole = [line for line in group if line["prompt_share"] == 1]
-        cut = [line for line in group if line["prompt_share"] != 1]
         for budget in report.by_budget(whole) if whole else []:
-            made.append(query_panel(f"whole context, {report.budget_title(budget[-1])}", budget))
+            curves = {line["method"]: line["by_turn"] for line in budget}
+            title = f"whole context, decode budget {share_text(budget[-1]['decode_budget'])}"
+            made.append(Panel(title, "query", PERCENT, curves))
+        cut = [line for line in group if line["prompt_share"] != 1]
         if cut:
-            made.append(query_panel("compressed context", cut))
-        made.append(time_panel(group[0]))
+            curves = {f"{line['method']} {share_text(line['prompt_share'])}": line["by_turn"] for line in cut}
+            made.append(Panel("compressed context", "query", PERCENT, curves))
+        times = [(query, 1e3 * seconds) for query, seconds in group[0]["start_by_turn"]]
+        made.append(Panel("time to the first token", "query", "ms", {group[0]["method"]: times}))
     return made
-
-
-def query_panel(title: str, lines: list[dict]) -> Panel:
-    curves = {name_of(line): line["by_turn"] for line in lines}
-    return Panel(title, "query", PERCENT, curves)
-
-
-def name_of(line: dict) -> str:
-    share = line["prompt_share"]
-    return line["method"] if share == 1 else f"{line['method']} {share_text(share)}"
-
-
-def time_panel(line: dict) -> Panel:
-    points = [(turn, 1e3 * seconds) for turn, seconds in line["start_by_turn"]]
-    return Panel("time to the first token", "query", "ms", {line["method"]: points})
 
 
 if __name__ == "__main__":

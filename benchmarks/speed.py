@@ -23,7 +23,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import common, machine, plots, prefill, report
-from benchmarks.common import Method, Progress, flag, parse_method
+from benchmarks.common import Progress, flag, parse_method
 from benchmarks.report import figure
 from benchmarks.shapes import SHAPES, random_model, random_prompts
 from cache import Cache, CacheSize
@@ -104,49 +104,37 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for name, value in ((name, value) for name, values in counts.items() for value in values):
         require(value >= 1, flag(name), value, "1 or more")
     find_dtype(arguments.dtype, {})
-    for method, workload in product(methods_of(arguments), workloads_of(arguments)):
-        options_of(arguments, method, workload)
+    for policy, workload in product(policies_of(arguments), arguments.workload):
+        options_of(arguments, policy, workload)
     prefill.check(arguments)
     if arguments.eviction and (arguments.plot or arguments.prefill):
         raise ValueError("--eviction makes one table: it goes neither with --plot nor with --prefill")
-    if arguments.eviction and len(methods_of(arguments)) == 1:
+    if arguments.eviction and len(policies_of(arguments)) == 1:
         raise ValueError("--eviction compares policies with full: name another one with --policies")
     common.check_results(arguments)
 
 
-class Workload(NamedTuple):
-    """Tokens of each prompt, and to generate after it."""
-
-    prompt: int
-    new: int
-
-    def __str__(self):
-        return f"{self.prompt}+{self.new}"
-
-
-def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
-    return [parse_workload(text) for text in arguments.workload]
-
-
-def parse_workload(text: str) -> Workload:
+def parse_workload(text: str) -> tuple[int, int]:
+    """PROMPT+NEW: tokens of each prompt, and to generate after it."""
     prompt, _, new = text.partition("+")
     sizes = [int(part) if part.isdecimal() else 0 for part in (prompt, new)]
     holds = sizes[0] >= 1 and sizes[1] >= 2
     require(holds, "--workload", text, "PROMPT+NEW, say 1024+1024, with NEW at least 2")
-    return Workload(*sizes)
+    return sizes[0], sizes[1]
 
 
-def methods_of(arguments: argparse.Namespace) -> list[Method]:
+def policies_of(arguments: argparse.Namespace) -> list[str]:
     """full first: the others are compared with it."""
-    return [parse_method(text) for text in dict.fromkeys([FULL.name, *arguments.policies])]
+    return list(dict.fromkeys([FULL.name, *arguments.policies]))
 
 
-def options_of(arguments: argparse.Namespace, method: Method, workload: Workload) -> Options:
+def options_of(arguments: argparse.Namespace, policy: str, workload: str) -> Options:
     """Of one policy. With a heavy and recent sixteenth each, 1024 new tokens give 64 + 64, and 4096 give 256 + 256."""
+    _, new = parse_workload(workload)
     budgets = {"heavy": arguments.heavy, "recent": arguments.recent}
-    budgets = {name: workload.new // 16 if given is None else given for name, given in budgets.items()}
-    shared = {"max_new_tokens": workload.new, "compile": arguments.compile, "ignore_eos": True}
-    return Options(**budgets | shared | method.settings)
+    budgets = {name: new // 16 if given is None else given for name, given in budgets.items()}
+    shared = {"max_new_tokens": new, "compile": arguments.compile, "ignore_eos": True}
+    return Options(**budgets | shared | parse_method(policy))
 
 
 # ---- runners: policies that take turns ----------------------------------------------------------------------
@@ -211,12 +199,13 @@ def take_turns(runners: list[Runner], steps: int, title: str) -> None:
 
 def compare_decode(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
     model, lines = random_model(arguments.shape, device, arguments.dtype), []
-    for workload, batch in product(workloads_of(arguments), arguments.batch_sizes):
-        title, prompts = f"{workload}, batch {batch}", random_prompts(model.config, batch, workload.prompt)
-        labels = {"shape": arguments.shape, "workload": str(workload), "batch": batch}
-        options = {method.text: options_of(arguments, method, workload) for method in methods_of(arguments)}
+    for workload, batch in product(arguments.workload, arguments.batch_sizes):
+        prompt, new = parse_workload(workload)
+        title, prompts = f"{workload}, batch {batch}", random_prompts(model.config, batch, prompt)
+        labels = {"shape": arguments.shape, "workload": workload, "batch": batch}
+        options = {policy: options_of(arguments, policy, workload) for policy in policies_of(arguments)}
         runners = [make_runner(model, prompts, name, each, title) for name, each in options.items()]
-        take_turns(runners, workload.new - 1, title)
+        take_turns(runners, new - 1, title)
         lines += [labels | line_of(runner, runners[0], about["read_bandwidth"]) for runner in runners]
         report.write_json(arguments.json, about | {"decode": lines})  # what is done is safe
         del runners
@@ -366,13 +355,14 @@ def curves(title: str, y_label: str, lines: list[dict], name: str, unit: float) 
 def compare_eviction(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
     """A full cache of as many slots runs the same attention and does not score, select or keep books."""
     model, lines = random_model(arguments.shape, device, arguments.dtype), []
-    for workload, batch, method in product(workloads_of(arguments), arguments.batch_sizes, methods_of(arguments)[1:]):
-        options, prompts = options_of(arguments, method, workload), random_prompts(model.config, batch, workload.prompt)
+    for workload, batch, policy in product(arguments.workload, arguments.batch_sizes, policies_of(arguments)[1:]):
+        options = options_of(arguments, policy, workload)
+        prompts = random_prompts(model.config, batch, parse_workload(workload)[0])
         title = f"{workload}, batch {batch}"
-        own = make_runner(model, prompts, method.text, options, title)
+        own = make_runner(model, prompts, policy, options, title)
         slots = max(own.engine.cache.slots[1])
         plain = replace(options, policy=FULL.name, max_new_tokens=max(slots, 2))
-        labels = {"shape": arguments.shape, "workload": str(workload), "batch": batch, "policy": method.text}
+        labels = {"shape": arguments.shape, "workload": workload, "batch": batch, "policy": policy}
         times = beside(make_runner(model, prompts, FULL.name, plain, title), own)
         lines.append(labels | {"slots": slots} | times)
         machine.release(device)
