@@ -48,11 +48,8 @@ def add_problem_flags(group, unit: str) -> None:
     group.add_argument("--no-chat", action="store_true", help="data: plain prompts, no chat template")
 
 
-BUDGETS, SHARES = [0.25, 0.125], [1.0]  # of the output, of the prompt
-SHARE_HELP = "below 1: all methods keep this share of the prompt, chosen by compress=h2o or what --set says"
-
-
-def add_method_flags(group, methods: list[str], budgets=BUDGETS, shares=SHARES, share_help=SHARE_HELP) -> None:
+def add_method_flags(group, methods: list[str], budgets: list[float], shares: list[float], share_help: str) -> None:
+    """budgets: default shares of the output; shares: of the prompt."""
     group.add_argument(
         "--methods", nargs="+", default=methods, metavar="NAME[:FIELD=VALUE,...]", help="lines of the table"
     )
@@ -123,12 +120,7 @@ def source_of(arguments: argparse.Namespace, *what: str) -> str:
     return " ".join([arguments.checkpoint, *what, arguments.set]).rstrip()
 
 
-# ---- examples ---------------------------------------------------------------------------------------------
-
-
-def mini_examples(arguments: argparse.Namespace, count: int, make: Callable) -> list:
-    """make(arguments, seed, i) for each i below count, seed after seed."""
-    return [make(arguments, seed, i) for seed in arguments.seeds for i in range(count)]
+# ---- rows of .jsonl files -----------------------------------------------------------------------------------
 
 
 def read_rows(path: Path | str, parse: Callable[[dict], object]) -> list:

@@ -63,7 +63,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     problems.add_argument("--min-distance", type=int, default=1, help="mini: answers that a reference reaches back")
     longest = "(default: mini: the longest solution + a margin; data: 4096 for up to 40 questions, else 8192)"
     problems.add_argument("--max-new-tokens", type=int, help=longest)
-    common.add_method_flags(parser.add_argument_group("methods"), METHODS)
+    shares = "below 1: all methods keep this share of the prompt, chosen by compress=h2o or what --set says"
+    common.add_method_flags(parser.add_argument_group("methods"), METHODS, [0.25, 0.125], [1.0], shares)
     running = parser.add_argument_group("running")
     running.add_argument("--batch-size", type=int, help="(default: mini: 64; data: 8)")
     common.add_run_flags(running)
@@ -166,7 +167,7 @@ def prompt_ids(tokenizer, example: Example, chat: bool) -> list[int]:
 
 def examples_of(arguments: argparse.Namespace) -> list[Example]:
     if arguments.mini:
-        return common.mini_examples(arguments, arguments.prompts, mini_example)
+        return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.prompts)]
     return common.read_some_rows(arguments.data, data_example, arguments.limit)
 
 

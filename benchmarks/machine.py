@@ -5,7 +5,6 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,15 +33,12 @@ def bandwidth(device: torch.device, size: int) -> float:
     buffer = torch.ones(size // 8, dtype=torch.float64, device=device)
     half, other = buffer.chunk(2)
     work = buffer.sum if device.type == "cpu" else lambda: half.copy_(other)
-    return size / min(timed(work, device) for _ in range(50))
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, waited for."""
-    start = stamp(device)
-    work()
-    end = stamp(device)
-    return seconds(start, end)
+    times = []
+    for _ in range(50):
+        start = stamp(device)
+        work()
+        times.append(seconds(start, stamp(device)))
+    return size / min(times)
 
 
 def stamp(device: torch.device):

@@ -6,6 +6,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 LABELS = ("source", "method", "prompt_share", "decode_budget")  # rows that agree in these make one line of a table
@@ -35,10 +36,6 @@ class Scored:
     seed: int
     scores: list[float]
 
-    def part(self, i: int, parts: int) -> int:
-        """Answer i lies in this one of `parts` equal stretches of the answers."""
-        return i * parts // len(self.scores)
-
 
 def accuracy(scored: list[Scored], wanted=lambda prompt, i: True) -> tuple[float, float | None] | None:
     """(percent right, spread) over the answers that are wanted(number of the prompt, number of the answer).
@@ -59,7 +56,11 @@ def accuracy(scored: list[Scored], wanted=lambda prompt, i: True) -> tuple[float
 
 def accuracy_by_part(scored: list[Scored], parts: int) -> list[float | None]:
     """Percent right in each of `parts` equal stretches of the answers; None where a short one has no question."""
-    found = [accuracy(scored, lambda n, i, part=part: scored[n].part(i, parts) == part) for part in range(parts)]
+
+    def in_part(part: int, prompt: int, i: int) -> bool:
+        return i * parts // len(scored[prompt].scores) == part
+
+    found = [accuracy(scored, partial(in_part, part)) for part in range(parts)]
     return [each and each[0] for each in found]
 
 
@@ -124,9 +125,9 @@ def share_text(share: float | None) -> str:
 
 
 def budget_title(line: dict) -> str:
-    """The budgets of a line, to put above a plot. A method that a score-only run reads has none."""
-    named = (("decode budget", line["decode_budget"]), ("prompt", line["prompt_share"]))
-    return ", ".join(f"{name} {share_text(share)}" for name, share in named if share is not None)
+    """The budgets of a line, to put above a plot. Foreign predictions have none."""
+    named = [("decode budget", line["decode_budget"]), ("prompt", line["prompt_share"])]
+    return ", ".join(f"{name} {share_text(share)}" for name, share in named if share and (name, share) != ("prompt", 1))
 
 
 LABEL_COLUMNS = {

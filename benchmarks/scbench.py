@@ -65,8 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     common.add_problem_flags(queries, "contexts")
     add_query_flags(queries)
     shares = "of the methods that name a compressor: the share of the context that it keeps"
-    methods = parser.add_argument_group("methods")
-    common.add_method_flags(methods, METHODS, budgets=[0.5], shares=[0.8, 0.6], share_help=shares)
+    common.add_method_flags(parser.add_argument_group("methods"), METHODS, [0.5], [0.8, 0.6], shares)
     common.add_run_flags(parser.add_argument_group("running"))
     common.add_result_flags(parser.add_argument_group("results"))
     arguments = parser.parse_args(argv)
@@ -367,7 +366,7 @@ def make_dialogue(arguments: argparse.Namespace, tokenizer: Tokenizer, example: 
 
 def examples_of(arguments: argparse.Namespace) -> list[Example]:
     if arguments.mini:
-        return common.mini_examples(arguments, arguments.contexts, mini_example)
+        return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.contexts)]
     path = arguments.data or download(arguments.hub)
     return common.read_some_rows(path, partial(data_example, task_of(arguments)), arguments.limit)
 
@@ -422,7 +421,7 @@ def fitting(pairs: list[tuple[Example, Dialogue]], limit: int, T: int) -> list[t
 def jobs_of(arguments: argparse.Namespace, settings: dict, sizes: Sizes) -> list[Job]:
     """Methods that name a compressor run at every prompt share, the others with the whole context."""
     shared = common.parse_settings(arguments.set)
-    compressing = [m for m in arguments.methods if "compress" in shared | common.parse_method(m).settings]
+    compressing = [m for m in arguments.methods if "compress" in shared | common.parse_method(m)]
     others = [m for m in arguments.methods if m not in compressing]
     jobs = common.make_jobs(arguments, others, [1.0], settings, sizes)
     return jobs + common.make_jobs(arguments, compressing, arguments.prompt_share, settings, sizes)
