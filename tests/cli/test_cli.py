@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from oracle import paper_budget, paper_interval, paper_selects
 
 import generate
 import kernels
@@ -304,11 +305,13 @@ def test_a_trace_holds_the_position_in_every_slot_after_prefill_and_every_step(r
     prompt, decode = np.split(pos, [prompt_slots], axis=-1)
     assert (prompt[..., :17] == np.arange(17)).all() and (prompt[..., 17:] == -1).all()
     assert (decode[0] == -1).all()
+    setting = policy, 4, 4, 48  # heavy, recent, T
     for t in range(1, len(pos)):
         assert (decode[t].max(-1) == 17 + t - 1).all()  # the token of step t has just been written
-        assert (decode[t] >= 0).sum(-1).max() <= (t if policy == "full" else slots - prompt_slots)
-    last = {"full": 47, "slide": 8}.get(policy)
-    assert last is None or ((decode[-1] >= 0).sum(-1) == last).all()
+        held, budget = (decode[t] >= 0).sum(-1), paper_budget(*setting, t)
+        assert (held <= min(t, budget + paper_interval(*setting) - 1)).all()
+        if paper_selects(*setting, t):
+            assert (held == min(t, budget)).all()
 
 
 def test_a_trace_names_its_settings(run, tmp_path):
