@@ -27,6 +27,7 @@ def test_every_turn_keeps_and_attends_to_what_the_naive_oracle_does(setting):
 
 
 @given(settings_of_a_conversation(), st.booleans(), st.integers(0, 12))
+@settings(max_examples=60)
 def test_after_a_rewind_all_goes_on_as_the_naive_oracle_does(setting, later, broken_off):
     """The snapshot is taken before the first or the second answer. That answer is broken off; then all turns follow,
     and follow once more."""
