@@ -1,4 +1,4 @@
-"""Draw what the cache holds over time, as the README shows it: python benchmarks/picture.py
+"""Draw what the cache holds over time, as the README shows it: python docs/picture.py
 
 Every column is a decode step, every row a slot of one KV head of the bundled model; a colour is a kind of token.
 """
