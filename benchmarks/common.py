@@ -5,15 +5,16 @@ import hashlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from benchmarks import plots, report
-from generate import Options, Parser, Result, check_outputs, generate, note
+from generate import Options, Parser, check_outputs, generate, note
 from hf.checkpoint import read_json
 from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 
@@ -31,6 +32,24 @@ def make_parser(name: str, about: str) -> Parser:
     return Parser(name, description=about.split("\n")[0], formatter_class=Help)
 
 
+def number(kind: type, holds: Callable, wanted: str) -> Callable:
+    """An argparse type: numbers of which something holds."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text} is not {wanted}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+positive = number(int, lambda x: x >= 1, "1 or more")
+share = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
+rate = number(float, lambda x: 0 <= x <= 1, "0 to 1")
+
+
 def add_source_flags(parser: Parser, columns: str):
     """Where the lines of the table come from; the benchmark adds its own sources to the group."""
     source = parser.add_mutually_exclusive_group(required=True)
@@ -41,22 +60,29 @@ def add_source_flags(parser: Parser, columns: str):
 
 
 def add_problem_flags(group, unit: str) -> None:
-    group.add_argument("--k", type=int, default=16, help=f"mini: questions per {unit[:-1]}")
-    group.add_argument(f"--{unit}", type=int, default=24, help=f"mini: {unit} per seed")
+    group.add_argument("--k", type=positive, default=16, help=f"mini: questions per {unit[:-1]}")
+    group.add_argument(f"--{unit}", type=positive, default=24, help=f"mini: {unit} per seed")
     group.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help=f"mini: seeds of the {unit}")
-    group.add_argument("--limit", type=int, help="data: only the first rows")
+    group.add_argument("--reference-rate", type=rate, default=0.4, help="mini: share of cross-references")
+    group.add_argument("--limit", type=positive, help="data: only the first rows")
     group.add_argument("--no-chat", action="store_true", help="data: plain prompts, no chat template")
 
 
-def add_method_flags(group, methods: list[str], budgets: list[float], shares: list[float], share_help: str) -> None:
+ALL_PROMPTS = "below 1: all methods keep this share of the prompt, chosen by compress=h2o or what --set says"
+
+
+def add_method_flags(
+    group, methods: list[str], budgets: list[float], shares: list[float] | None = None, share_help: str = ALL_PROMPTS
+) -> None:
     """budgets: default shares of the output; shares: of the prompt."""
     group.add_argument(
         "--methods", nargs="+", default=methods, metavar="NAME[:FIELD=VALUE,...]", help="lines of the table"
     )
+    several = {"type": share, "nargs": "+", "metavar": "SHARE"}
     budget_help = "heavy + recent, as shares of the longest output"
-    group.add_argument("--decode-budget", type=float, nargs="+", default=budgets, metavar="SHARE", help=budget_help)
+    group.add_argument("--decode-budget", **several, default=budgets, help=budget_help)
     group.add_argument("--recent", type=int, help="recent tokens of every decode budget (default: half of it)")
-    group.add_argument("--prompt-share", type=float, nargs="+", default=shares, metavar="SHARE", help=share_help)
+    group.add_argument("--prompt-share", **several, default=shares or [1.0], help=share_help)
     group.add_argument("--set", default="", metavar="FIELD=VALUE,...", help="settings of all methods")
 
 
@@ -64,9 +90,9 @@ def add_run_flags(group) -> None:
     group.add_argument("--checkpoint", default=Options.checkpoint, metavar="DIR_OR_HUB_ID", help="of the model")
     group.add_argument("--device", default=Options.device, help="cpu, cuda, cuda:1")
     group.add_argument("--dtype", default=Options.dtype, help="of weights and cache")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: mini: no; data: yes)")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: only with --data)")
     where = "predictions are appended here as they come, and a run continues where the file ends "
-    where += "(default: mini: none; data: NAME.predictions.jsonl in this directory)"
+    where += "(default: none; data: NAME.predictions.jsonl in this directory)"
     group.add_argument("--predictions", metavar="FILE.jsonl", help=where)
 
 
@@ -75,38 +101,28 @@ def add_result_flags(group) -> None:
     group.add_argument("--plot", metavar="FILE.png", help="the figures as curves")
 
 
-def check_flags(arguments: argparse.Namespace, *counts: str) -> None:
-    """Refuse what argparse cannot refuse, before a long run finds out. counts: flags that need 1 or more."""
-    for name in (*counts, "k", "limit"):
-        value = getattr(arguments, name)
-        require(value is None or value >= 1, flag(name), value, "1 or more")
-    for name in ("decode_budget", "prompt_share"):
-        for share in getattr(arguments, name):
-            require(0 < share <= 1, flag(name), share, "above 0 and at most 1")
-    require(len(set(arguments.seeds)) == len(arguments.seeds), "--seeds", arguments.seeds, "all different")
-    for method in arguments.methods:
-        parse_method(method)  # refuses what there is not
-    check_results(arguments, predictions_path(arguments))
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def check_results(arguments: argparse.Namespace, predictions: str | None = None) -> None:
-    inputs = {flag(name): getattr(arguments, name, None) for name in ("data", "score_only", "from_json")}
-    check_outputs({"--json": arguments.json, "--plot": arguments.plot, "--predictions": predictions}, inputs)
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse what argparse cannot refuse, before a long run finds out. Flags that a benchmark lacks do not count."""
+    given = vars(arguments)
+    for method in given.get("methods", []):
+        parse_method(method)
+    inputs = {"--data": "data", "--score-only": "score_only", "--from-json": "from_json"}
+    outputs = {"--json": "json", "--plot": "plot", "--predictions": "predictions"}
+    check_outputs(
+        {flag: given.get(name) for flag, name in outputs.items()},
+        {flag: given.get(name) for flag, name in inputs.items()},
+    )
     plots.check_plot(arguments.plot)
 
 
-def data_name(arguments: argparse.Namespace) -> str:
-    """What the data file is called, without its ending; "" where there is none."""
-    return Path(arguments.data or getattr(arguments, "hub", None) or "").stem
-
-
-def predictions_path(arguments: argparse.Namespace) -> str | None:
-    name = data_name(arguments)
-    return arguments.predictions or (f"{name}.predictions.jsonl" if name else None)
+def parse_data_flags(parser: Parser, argv: list[str] | None) -> argparse.Namespace:
+    """Arguments with `name`: what the data are called ("" for --mini). It names the file of predictions too."""
+    arguments = parser.parse_args(argv)
+    arguments.name = Path(arguments.data or getattr(arguments, "hub", None) or "").stem
+    if arguments.name and not arguments.predictions:
+        arguments.predictions = f"{arguments.name}.predictions.jsonl"
+    check_flags(arguments)
+    return arguments
 
 
 def run_settings(arguments: argparse.Namespace, **defaults) -> dict:
@@ -128,10 +144,14 @@ def read_rows(path: Path | str, parse: Callable[[dict], object]) -> list:
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
             try:
-                if line.strip():
-                    rows.append(parse(json_object(line)))
-            except ValueError as error:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
+                rows.append(parse(row))
+            except (ValueError, RecursionError) as error:
                 note(f"{path}:{number}: skipped: {one_line(error)}")
     return rows
 
@@ -141,16 +161,6 @@ def read_some_rows(path: Path | str, parse: Callable[[dict], object], limit: int
     if not rows:
         raise ValueError(f"{path} has no usable row")
     return rows
-
-
-def json_object(line: bytes) -> dict:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"broken JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"a JSON object is expected, not {type(value).__name__}")
-    return value
 
 
 # ---- methods: a policy, and whatever else of generate.Options makes it one line of a table -----------------
@@ -197,8 +207,7 @@ class Job:
         return {name: value for name, value in settings.items() if name not in ONLY_SPEED}
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """What the shares are shares of, in tokens."""
 
     prompt: float
@@ -250,13 +259,20 @@ def make_job(method: str, settings: dict, own: dict, share: float, budget: float
 # ---- running jobs -----------------------------------------------------------------------------------------
 
 
+def progress(total: int, unit: str) -> tqdm:
+    """A bar on a terminal, and nothing elsewhere."""
+    form = "{desc} {percentage:3.0f}% |{bar:30}| {n:.0f}/{total} " + unit + ", {remaining} left"
+    return tqdm(total=total, bar_format=form, leave=False, disable=None)
+
+
 def run_jobs(
     model, inputs: list, asked: list[dict], jobs: list[Job], path: str | None, predict: Callable, unit: str
 ) -> list[dict]:
     """Rows {"key", **job.labels, **asked[i], **prediction}, one for each job and input.
 
     Only those are made that are not in the file of predictions yet. predict(missing, job, bar) yields (i, prediction)
-    of the missing inputs; inputs: for each prompt, everything but the job that decides the tokens.
+    of the missing inputs; inputs: for each prompt, everything but the job that decides the tokens. In between it may
+    move the bar by parts of an input.
     """
     predictions, weights = Predictions(path), fingerprint(model)
     keys = [[key_of(job, weights, each) for each in inputs] for job in jobs]
@@ -264,10 +280,14 @@ def run_jobs(
     total, left = len(jobs) * len(inputs), sum(map(len, missing))
     if left < total:
         note(f"{path}: {total - left} of {total} predictions are there")
-    bar = Progress(left, unit)
-    for number, job in enumerate(jobs):
-        for i, prediction in predict(missing[number], job, bar):
-            predictions.add({"key": keys[number][i]} | job.labels | asked[i] | prediction)
+    bar, done = progress(left, unit), 0
+    for job, row, lacking in zip(jobs, keys, missing, strict=True):
+        if lacking:
+            tqdm.write(f"{job.labels['method']}: {len(lacking)} {unit}", file=sys.stderr)
+        for i, prediction in predict(lacking, job, bar) if lacking else ():
+            predictions.add({"key": row[i]} | job.labels | asked[i] | prediction)
+            done += 1
+            bar.update(done - bar.n)
     bar.close()
     pairs = [(job, own, key) for job, row in zip(jobs, keys, strict=True) for own, key in zip(asked, row, strict=True)]
     return [predictions.rows[key] | job.labels | own for job, own, key in pairs]
@@ -285,29 +305,16 @@ def key_of(job: Job, weights: str, content: list | dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: "Progress") -> Iterator:
+def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: tqdm) -> Iterator:
     """(index, prediction) of each missing prompt, a batch at a time."""
-    if not missing:
-        return
-    before, name = bar.done, job.labels["method"]
     rows = min(job.settings["batch_size"], len(missing))
-    step = rows / job.settings["max_new_tokens"]  # of a batch; stopping early makes the bar jump
-    results = generate(
-        model,
-        tokenizer,
-        [prompts[i] for i in missing],
-        on_step=lambda cache: bar.show(bar.done + step, name),
-        **job.settings,
-    )
+    step = rows / job.settings["max_new_tokens"]
+    chosen = [prompts[i] for i in missing]
+    results = generate(model, tokenizer, chosen, on_step=lambda cache: bar.update(step), **job.settings)
     for i, result in zip(missing, results, strict=True):
-        yield i, prediction_of(result, rows)
-        bar.show(before + result.index + 1, name)
-
-
-def prediction_of(result: Result, rows: int) -> dict:
-    stats = asdict(result.stats)
-    stats |= {name: stats[name] / rows for name in ("kv_bytes", "kv_bytes_full")}  # of one prompt
-    return {"pred": result.text, "finish_reason": result.finish_reason, "stats": stats}
+        stats = asdict(result.stats)
+        stats |= {name: stats[name] / rows for name in ("kv_bytes", "kv_bytes_full")}  # of one prompt
+        yield i, {"pred": result.text, "finish_reason": result.finish_reason, "stats": stats}
 
 
 class Predictions:
@@ -345,39 +352,6 @@ def cut_half_line(path: Path, start: bytes) -> None:
             note(f"{path}: the last line is half written ({len(last)} bytes): that prompt runs again")
             file.seek(-len(last), os.SEEK_END)
             file.truncate()
-
-
-class Progress:
-    """A bar on standard error, redrawn in place; where that is no terminal, a line whenever the name changes."""
-
-    WIDTH = 30
-    SECONDS = 0.1  # between two drawings
-
-    def __init__(self, total: int, unit: str = "prompts"):
-        self.total = total
-        self.unit = unit
-        self.done = 0.0
-        self.name = ""
-        self.began = time.perf_counter()
-        self.drawn = 0.0
-        self.terminal = sys.stderr.isatty()
-
-    def show(self, done: float, name: str) -> None:
-        self.done = min(done, self.total)
-        now = time.perf_counter()
-        if now - self.drawn >= self.SECONDS if self.terminal else name != self.name:
-            self.drawn, self.name = now, name
-            print(self.line(now - self.began), end="" if self.terminal else "\n", file=sys.stderr, flush=True)
-
-    def line(self, seconds: float) -> str:
-        share = self.done / self.total
-        bar = "#" * round(share * self.WIDTH)
-        start, left = ("\r\x1b[K", f"{seconds / share - seconds:.0f} s left") if self.terminal else ("", "")
-        return f"{start}[{bar:.<{self.WIDTH}}] {self.done:.0f}/{self.total} {self.unit}  {self.name}  {left}".rstrip()
-
-    def close(self) -> None:
-        if self.terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ---- results ----------------------------------------------------------------------------------------------

@@ -20,20 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from problems import make_problem
 
 from benchmarks import common, report
-from benchmarks.common import Sizes, flag
+from benchmarks.common import Sizes, positive
 from benchmarks.plots import PERCENT, Panel
 from benchmarks.report import Scored, accuracy, percent, share_text
 from generate import Options, check_run, load, run_program
-from scope import STRATEGIES, require
+from scope import STRATEGIES
 
 METHODS = [*STRATEGIES, "slide:score=current", "h2o:score=current"]
-HIGHLIGHTED = [
-    "full",
-    "discontinuous:score=own",
-    "discontinuous",
-    "discontinuous:score=current",
-    "h2o:score=current",
-]
+HIGHLIGHTED = ["full", "discontinuous:score=own", "discontinuous", "discontinuous:score=current", "h2o:score=current"]
 MARGIN = 16  # tokens that an answer of the mini model may have beyond the longest solution
 
 
@@ -59,22 +53,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--score-only", metavar="FILE.jsonl", help="rows with answers and pred; runs nothing")
     problems = parser.add_argument_group("problems")
     common.add_problem_flags(problems, "prompts")
-    problems.add_argument("--reference-rate", type=float, default=0.4, help="mini: share of cross-references")
-    problems.add_argument("--min-distance", type=int, default=1, help="mini: answers that a reference reaches back")
+    problems.add_argument(
+        "--min-distance", type=positive, default=1, help="mini: answers that a reference reaches back"
+    )
     longest = "(default: mini: the longest solution + a margin; data: 4096 for up to 40 questions, else 8192)"
-    problems.add_argument("--max-new-tokens", type=int, help=longest)
-    shares = "below 1: all methods keep this share of the prompt, chosen by compress=h2o or what --set says"
-    common.add_method_flags(parser.add_argument_group("methods"), METHODS, [0.25, 0.125], [1.0], shares)
+    problems.add_argument("--max-new-tokens", type=positive, help=longest)
+    common.add_method_flags(parser.add_argument_group("methods"), METHODS, [0.25, 0.125])
     running = parser.add_argument_group("running")
-    running.add_argument("--batch-size", type=int, help="(default: mini: 64; data: 8)")
+    running.add_argument("--batch-size", type=positive, help="(default: mini: 64; data: 8)")
     common.add_run_flags(running)
     results = parser.add_argument_group("results")
     results.add_argument("--pairing", choices=PAIRINGS, default="number", help="official: by order of appearance")
     common.add_result_flags(results)
-    arguments = parser.parse_args(argv)
-    require(0 <= arguments.reference_rate <= 1, flag("reference_rate"), arguments.reference_rate, "0 to 1")
-    common.check_flags(arguments, "prompts", "min_distance")
-    return arguments
+    return common.parse_data_flags(parser, argv)
 
 
 # ---- examples: what is asked, and what the answers are compared with ---------------------------------------
@@ -166,9 +157,9 @@ def prompt_ids(tokenizer, example: Example, chat: bool) -> list[int]:
 
 
 def examples_of(arguments: argparse.Namespace) -> list[Example]:
-    if arguments.mini:
-        return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.prompts)]
-    return common.read_some_rows(arguments.data, data_example, arguments.limit)
+    if arguments.data:
+        return common.read_some_rows(arguments.data, data_example, arguments.limit)
+    return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.prompts)]
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -182,9 +173,11 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     jobs = common.make_jobs(arguments, arguments.methods, arguments.prompt_share, settings, sizes)
     for job in jobs:
         check_run(model.config, prompts, Options(**job.settings))
-    asked = [example.asked() | {"source": source_of(arguments)} for example in examples]
-    path, work = common.predictions_path(arguments), partial(common.predict, model, tokenizer, prompts)
-    return common.run_jobs(model, prompts, asked, jobs, path, work, "prompts")
+    mini = f"k={arguments.k} reference-rate={arguments.reference_rate} min-distance={arguments.min_distance}"
+    source = common.source_of(arguments, arguments.name or mini)
+    asked = [example.asked() | {"source": source} for example in examples]
+    work = partial(common.predict, model, tokenizer, prompts)
+    return common.run_jobs(model, prompts, asked, jobs, arguments.predictions, work, "prompts")
 
 
 def settings_of(arguments: argparse.Namespace, solution: int, questions: int) -> dict:
@@ -195,11 +188,6 @@ def settings_of(arguments: argparse.Namespace, solution: int, questions: int) ->
     return common.run_settings(arguments, max_new_tokens=longest, batch_size=8, compile=True)
 
 
-def source_of(arguments: argparse.Namespace) -> str:
-    mini = f"k={arguments.k} reference-rate={arguments.reference_rate} min-distance={arguments.min_distance}"
-    return common.source_of(arguments, mini if arguments.mini else common.data_name(arguments))
-
-
 # ---- scoring ----------------------------------------------------------------------------------------------
 
 NUMBER = r"\$?(-?\d[\d,]*(?:\.\d+)?)"
@@ -208,13 +196,12 @@ ANSWER = re.compile(rf"answer is (?:\(([A-Z])\)|{NUMBER})")
 
 
 def gold(answer: str) -> str | float | None:
-    return value(GOLD.match(answer))
+    match = GOLD.match(answer)
+    return match and value(match)
 
 
-def value(match: re.Match | None) -> str | float | None:
+def value(match: re.Match) -> str | float:
     """The letter or the number that a pattern above found."""
-    if match is None:
-        return None
     letter, number = match.groups()
     return letter or float(number.replace(",", ""))
 

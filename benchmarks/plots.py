@@ -1,4 +1,4 @@
-"""Line plots whose lines carry their names: a few are coloured, the others are grey, equal ones are drawn once."""
+"""Line plots whose lines carry their names: a few are coloured, the others are grey."""
 
 import re
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ GREY, GREY_TEXT = "#b8bec6", "#6b7280"
 PERCENT = "accuracy (%)"
 
 # Inches. A README shows a picture about 830 pixels wide, so that letters of 9 points are easy to read there.
-WIDTH, ROW_HEIGHT, LEFT, NAMES, GAP = 8.3, 2.75, 0.55, 1.65, 0.4
-LINE_HEIGHT = 0.135  # of a name
+WIDTH, ROW_HEIGHT = 8.3, 2.75
+LINE_HEIGHT = 0.07  # of a name, as a share of the axes
 
 
 @dataclass
@@ -46,29 +46,18 @@ def plot(path: str, panels: list[Panel], highlighted: list[str]) -> None:
     columns = min(2, len(panels))
     rows = (len(panels) + columns - 1) // columns
     with pyplot.rc_context({"font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold"}):
-        picture = pyplot.figure(figsize=(WIDTH, rows * ROW_HEIGHT))
-        for i, panel in enumerate(panels):
-            ax = picture.add_axes(place(i // columns, i % columns, rows, columns))
-            draw(ax, panel, colours)
-            if i % columns and panels[i - 1].y_label == panel.y_label:
-                ax.set_ylabel("")
+        picture = pyplot.figure(figsize=(WIDTH, rows * ROW_HEIGHT), layout="constrained")
+        for number, panel in enumerate(panels, 1):
+            draw(picture.add_subplot(rows, columns, number), panel, colours)
         picture.savefig(path, dpi=200)
         pyplot.close(picture)
 
 
-def place(row: int, column: int, rows: int, columns: int) -> tuple[float, float, float, float]:
-    """Left, bottom, width and height of a pair of axes, as shares of the picture. Names go to its right."""
-    width = (WIDTH - LEFT - columns * NAMES - (columns - 1) * GAP) / columns
-    left = LEFT + column * (width + NAMES + GAP)
-    bottom, height = (rows - 1 - row) * ROW_HEIGHT + 0.5, ROW_HEIGHT - 0.85
-    return left / WIDTH, bottom / (rows * ROW_HEIGHT), width / WIDTH, height / (rows * ROW_HEIGHT)
-
-
 def draw(ax, panel: Panel, colours: dict[str, str]) -> None:
     """Draw the lines, grey ones first, then write their names at their right ends."""
-    for points, names in sorted(merged(panel.lines).items(), key=lambda item: bool(colours.keys() & item[1])):
-        colour = next((colours[name] for name in names if name in colours), GREY)
-        ax.plot(*zip(*points, strict=True), color=colour, linewidth=1 if colour == GREY else 2, clip_on=False)
+    for name, points in sorted(panel.lines.items(), key=lambda item: item[0] in colours):
+        width = 2 if name in colours else 1
+        ax.plot(*zip(*points, strict=True), color=colours.get(name, GREY), linewidth=width, clip_on=False)
     ax.set_title(panel.title, loc="left")
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set_ylim((0, 102) if panel.y_label == PERCENT else (0, None))
@@ -79,20 +68,11 @@ def draw(ax, panel: Panel, colours: dict[str, str]) -> None:
     write_names(ax, panel.lines, colours)
 
 
-def merged(lines: dict[str, list]) -> dict[tuple, list[str]]:
-    """Points -> the names of the lines that run through exactly these points."""
-    same: dict[tuple, list[str]] = {}
-    for name, points in lines.items():
-        same.setdefault(tuple(map(tuple, points)), []).append(name)
-    return same
-
-
 def write_names(ax, lines: dict[str, list[tuple[float, float]]], colours: dict[str, str]) -> None:
     """Names to the right of the axes, as high as their lines end; those that would overlap are moved apart."""
     bottom, top = ax.get_ylim()
-    height = ax.figure.get_figheight() * ax.get_position().height
     ends = sorted(((points[-1], name) for name, points in lines.items()), key=lambda end: -end[0][1])
-    heights = moved_apart([(y - bottom) / (top - bottom) for (_, y), _ in ends], LINE_HEIGHT / height)
+    heights = moved_apart([(y - bottom) / (top - bottom) for (_, y), _ in ends], LINE_HEIGHT)
     for (point, name), y in zip(ends, heights, strict=True):
         line = {"arrowstyle": "-", "color": colours.get(name, GREY), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 1}
         ax.annotate(

@@ -3,7 +3,6 @@
 import json
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -153,20 +152,7 @@ def accuracy_table(lines: list[dict], columns: Columns, legend: str = "") -> str
     if len(sources) > 1:
         columns = columns | {"source": lambda line: line["source"] or ""}
         sources = []  # each row names its own
-    return "\n".join([*filter(None, sources), table(lines, columns), LEGEND + legend, *odd_slots(lines)])
-
-
-def odd_slots(lines: list[dict]) -> list[str]:
-    """Names the methods that have another number of slots than most have at the same budgets."""
-    said = []
-    for group in grouped([line for line in lines if "slots" in line], "source", "prompt_share", "decode_budget"):
-        prompt, decode = group[0]["prompt_share"], group[0]["decode_budget"]
-        [(usual, _)] = Counter(line["slots"] for line in group).most_common(1)
-        names = [f"{line['method']} {line['slots']}" for line in group if line["slots"] != usual or decode == 1]
-        most = "" if decode == 1 else f" (the others {usual})"
-        where = f"prompt {share_text(prompt)}, decode {share_text(decode)}"
-        said += [f"Other slots at {where}: {', '.join(names)}{most}"] if names else []
-    return said
+    return "\n".join([*filter(None, sources), table(lines, columns), LEGEND + legend])
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -25,15 +26,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from problems import RESULT, make_problem
+from tqdm import tqdm
 
 from benchmarks import common, report
-from benchmarks.common import Job, Progress, Sizes, flag
+from benchmarks.common import Job, Sizes, positive
 from benchmarks.plots import PERCENT, Panel
 from benchmarks.report import Scored, accuracy, figure, percent_at, share_text
 from cache import Cache
-from generate import Conversation, Options, Result, Snapshot, load, note, run_program, size_of
+from generate import Conversation, Options, Result, load, note, run_program, size_of
 from hf.tokenizer import Tokenizer, without_stop
-from scope import one_line, require
+from scope import one_line, require_known
 
 METHODS = ["full", "slide", "discontinuous", "h2o", "h2o:score=current", "streaming"]
 METHODS += ["full:compress=h2o", "full:compress=snapkv", "full:compress=streaming"]
@@ -63,55 +65,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--hub", metavar="TASK", help=f"data/TASK.jsonl of {HUB}: {', '.join(TASKS)}")
     queries = parser.add_argument_group("queries")
     common.add_problem_flags(queries, "contexts")
-    add_query_flags(queries)
+    queries.add_argument("--mode", choices=["multi-request", "multi-turn"], default="multi-request", help="what "
+                         "follows the context: requests that do not know of each other (and have no cross-references), "
+                         "or turns of a conversation")  # fmt: skip
+    own = "multi-turn: a later turn sees what the model has answered (default: the reference answers)"
+    queries.add_argument("--own-answers", action="store_true", help=own)
+    queries.add_argument("--task", help="data: what the rows are (default: the file's name)")
+    longest = "of an answer (default: mini: the longest solution + a margin; data: as the task has it)"
+    queries.add_argument("--max-new-tokens", type=positive, help=longest)
     shares = "of the methods that name a compressor: the share of the context that it keeps"
     common.add_method_flags(parser.add_argument_group("methods"), METHODS, [0.5], [0.8, 0.6], shares)
     common.add_run_flags(parser.add_argument_group("running"))
     common.add_result_flags(parser.add_argument_group("results"))
-    arguments = parser.parse_args(argv)
-    check_references(arguments)
-    if common.data_name(arguments):
-        task = task_of(arguments)
-        if task not in TASKS:
-            raise ValueError(f"task {task} has no scorer here: --task must be one of {', '.join(TASKS)}")
-    common.check_flags(arguments, "contexts")
+    arguments = common.parse_data_flags(parser, argv)
+    arguments.task = arguments.task or arguments.name or "mini"
+    require_known("task", arguments.task, SCORERS)
+    if arguments.mode == "multi-request":
+        arguments.reference_rate = 0.0
+        if arguments.own_answers:
+            parser.error("--own-answers goes with --mode multi-turn: a request sees no other one's answer")
     return arguments
 
 
-def add_query_flags(group) -> None:
-    group.add_argument("--mode", choices=["multi-request", "multi-turn"], default="multi-request", help="what follows "
-                       "the context: requests that do not know of each other, or turns of a conversation")  # fmt: skip
-    own = "multi-turn: a later turn sees what the model has answered (default: the reference answers)"
-    group.add_argument("--own-answers", action="store_true", help=own)
-    rate = "mini: share of cross-references (default: multi-request: none; multi-turn: 0.4)"
-    group.add_argument("--reference-rate", type=float, help=rate)
-    group.add_argument("--task", help="data: what the rows are (default: the file's name)")
-    longest = "of an answer (default: mini: the longest solution + a margin; data: as the task has it)"
-    group.add_argument("--max-new-tokens", type=int, help=longest)
-
-
-def check_references(arguments: argparse.Namespace) -> None:
-    """Only turns can refer to each other."""
-    turns = arguments.mode == "multi-turn"
-    if arguments.own_answers and not turns:
-        raise ValueError("--own-answers goes with --mode multi-turn: a request sees no other one's answer")
-    rate, most = reference_rate(arguments), 1 if turns else 0
-    wanted = "0 to 1" if turns else "0: a request cannot refer to another one's answer, --mode multi-turn can"
-    require(0 <= rate <= most, flag("reference_rate"), rate, wanted)
-
-
-def reference_rate(arguments: argparse.Namespace) -> float:
-    if arguments.reference_rate is not None:
-        return arguments.reference_rate
-    return 0.4 if arguments.mode == "multi-turn" else 0.0
-
-
-def task_of(arguments: argparse.Namespace) -> str:
-    """Which of TASKS the rows of a data file are."""
-    return arguments.task or common.data_name(arguments)
-
-
 # ---- tasks: what is said around a context and a query, and how an answer is scored, 0 to 1 -------------------
+
+
+NUMBER = r"-?\d+(?:\.\d+)?"
 
 
 def contains(pred: str, answers: list[str]) -> float:
@@ -131,7 +110,7 @@ def share_named(pred: str, answers: list[str]) -> float:
 
 
 def first_number(pred: str, answers: list[str]) -> float:
-    """Math find and pass keys: the first number that is said. The published script knows no minus."""
+    """Math find: the first number that is said. The published script knows no minus."""
     found = re.search(NUMBER, pred)
     return float(found is not None and float(found[0]) == float(answers[0]))
 
@@ -145,18 +124,12 @@ def letter(pred: str, answers: list[str]) -> float:
 def word_f1(pred: str, answers: list[str]) -> float:
     """English questions: the F1 of words, of the best answer, without articles, as in SQuAD (arXiv 1606.05250). The
     published script looks for the answer anywhere in the text, so that a long text is more often right."""
-    texts = ([x for x in re.findall(r"\w+", text.lower()) if x not in ("a", "an", "the")] for text in (pred, *answers))
-    return best_f1(*map(Counter, texts))
-
-
-def character_f1(pred: str, answers: list[str]) -> float:
-    """Chinese questions: the F1 of letters and digits, of the best answer."""
-    return best_f1(*(Counter(x for x in text.lower() if x.isalnum()) for text in (pred, *answers)))
-
-
-def best_f1(given: Counter, *wanted: Counter) -> float:
-    """The harmonic mean of precision and recall, for the answer that fits best."""
+    given, *wanted = (words_of(text) for text in (pred, *answers))
     return max(2 * (given & each).total() / max(given.total() + each.total(), 1) for each in wanted)
+
+
+def words_of(text: str) -> Counter:
+    return Counter(word for word in re.findall(r"\w+", text.lower()) if word not in ("a", "an", "the"))
 
 
 def solution(pred: str, answers: list[str]) -> float:
@@ -165,23 +138,18 @@ def solution(pred: str, answers: list[str]) -> float:
     return float(found is not None and found[2] == answers[0])
 
 
-NUMBER = r"-?\d+(?:\.\d+)?"
-
-
 @dataclass(frozen=True)
 class Task:
     score: Callable[[str, list[str]], float]
     max_new_tokens: int
     start: str = ""  # before the context
     query: str = "{input}"
+    form: str = ".+"  # of an answer
 
 
-# Texts and lengths as the benchmark has them. Not here: summaries and code, which need ROUGE and RepoQA's parser.
+# Texts and lengths as the benchmark has them. Not here: summaries and code, which need ROUGE and RepoQA's parser, and
+# Chinese questions.
 VALUE = "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-PASS_KEY = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you "
-    "about the important information.\n\n"
-)
 BOOK = "Read the book and answer the question."
 QUESTION = "Question: {input}\nAnswer:"
 CHOICE = "Question: {input}\n{options}\n\nThe letter of the correct answer is"
@@ -190,11 +158,9 @@ TASKS = {
     "scbench_prefix_suffix": Task(contains, 150),
     "scbench_vt": Task(share_named, 30),
     "scbench_qa_eng": Task(word_f1, 40, f"{BOOK} Be very concise in your answer.\n\n", QUESTION),
-    "scbench_qa_chn": Task(character_f1, 40, "阅读以下书籍然后回答问题。\n\n", "问题：{input}\n答案："),
-    "scbench_choice_eng": Task(letter, 40, f"{BOOK}\n\n", CHOICE),
+    "scbench_choice_eng": Task(letter, 40, f"{BOOK}\n\n", CHOICE, "[A-D]"),
     "scbench_many_shot": Task(names_one, 10),
-    "scbench_mf": Task(first_number, 5, query="{what}{input}"),
-    "scbench_passkey": Task(first_number, 15, PASS_KEY),
+    "scbench_mf": Task(first_number, 5, query="{what}{input}", form=NUMBER),
 }
 SCORERS = {name: task.score for name, task in TASKS.items()} | {"mini": solution}
 
@@ -206,25 +172,26 @@ SCORERS = {name: task.score for name, task in TASKS.items()} | {"mini": solution
 class Example:
     """Queries in the order in which they are asked; answers has for each the texts that are right."""
 
-    task: str
     context: str
     queries: list[str]
     answers: list[list[str]]
     references: list[str]  # what later turns see as the answer
     seed: int = 0
 
-    def asked(self) -> dict:
-        """What a prediction carries along, so that it can be scored alone."""
-        return {name: getattr(self, name) for name in ("task", "answers", "seed")}
+
+def examples_of(arguments: argparse.Namespace) -> list[Example]:
+    if arguments.mini:
+        return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.contexts)]
+    path = arguments.data or download(arguments.hub)
+    return common.read_some_rows(path, partial(data_example, TASKS[arguments.task]), arguments.limit)
 
 
 def mini_example(arguments: argparse.Namespace, seed: int, i: int) -> Example:
     """Every question of a problem, each asked for alone, by the beginning of its answer."""
-    problem = make_problem(f"scbench {seed} {i}", arguments.k, reference_rate(arguments))
+    problem = make_problem(f"scbench {seed} {i}", arguments.k, arguments.reference_rate)
     order = random_order(arguments.k, references_of(problem.prompt), Random(f"order {seed} {i}"))
     solutions = [line.partition(":")[2] for line in problem.answer.splitlines()]
     return Example(
-        task="mini",
         context=problem.prompt,
         queries=[f"Answer_{label}:" for label in order],
         answers=[[str(problem.expected[label - 1])] for label in order],
@@ -258,17 +225,13 @@ def download(task: str) -> str:
         raise ValueError(f"--hub {task}: {one_line(error)}; or download it and give --data FILE") from error
 
 
-def data_example(name: str, row: dict) -> Example:
+def data_example(task: Task, row: dict) -> Example:
     """A published row -> an Example; ValueError says what is wrong with it."""
-    task, turns = TASKS[name], row.get("multi_turns")
-    context = row.get("context")
-    if not context or not isinstance(context, str | list):
-        raise ValueError("no text in `context`")
-    if not isinstance(turns, list) or not turns:
-        raise ValueError("no list in `multi_turns`")
-    answers = [checked_answers(task, f"turn {i + 1}", turn) for i, turn in enumerate(turns)]
+    context, turns = row.get("context"), row.get("multi_turns")
+    if not context or not isinstance(turns, list) or not turns:
+        raise ValueError("no `context`, or no list in `multi_turns`")
+    answers = [checked_answers(task, f"turn {number}", turn) for number, turn in enumerate(turns, 1)]
     return Example(
-        task=name,
         context=f"{task.start}{context}",  # math find has a list of numbers
         queries=[query_text(task, turn) for turn in turns],
         answers=answers,
@@ -280,53 +243,27 @@ def checked_answers(task: Task, name: str, turn) -> list[str]:
     """All that is right, of an option its letter; ValueError says what is wrong with a turn."""
     if not isinstance(turn, dict) or not isinstance(turn.get("input"), str):
         raise ValueError(f"{name} has no text in `input`")
-    options, given = turn.get("options") or [], turn.get("answer")
-    if not isinstance(options, list):
-        raise ValueError(f"{name} has no list in `options`")
+    given, options = turn.get("answer"), options_of(turn)
     given = given if isinstance(given, list) else [given]
-    given = ["ABCD"[options.index(x)] if x in options[:4] else x for x in given]
-    answers = [str(x) for x in given if isinstance(x, str | int | float) and str(x)]
-    if not answers or len(answers) < len(given):
-        raise ValueError(f"{name} has neither a text nor a number in `answer`")
-    if task.score is first_number and not re.fullmatch(NUMBER, answers[0]):
-        raise ValueError(f"{name} has {answers[0][:40]!r} for an answer: a number is expected")
-    if task.score is letter and (len(options) != 4 or answers[0] not in list("ABCD")):
-        raise ValueError(f"{name} is no choice of four `options`, one of which is the answer")
+    answers = ["ABCD"[options.index(x)] if x in options else str(x) for x in given if isinstance(x, str | int | float)]
+    if not answers or not re.fullmatch(task.form, answers[0], re.DOTALL):
+        raise ValueError(f"{name} has no `answer` of the kind that {task.score.__name__} scores")
     return answers
 
 
+def options_of(turn: dict) -> list:
+    options = turn.get("options")
+    return options[:4] if isinstance(options, list) else []
+
+
 def query_text(task: Task, turn: dict) -> str:
-    options = "\n".join(f"{name}. {text}" for name, text in zip("ABCD", turn.get("options") or [], strict=False))
+    options = "\n".join(f"{name}. {text}" for name, text in zip("ABCD", options_of(turn), strict=False))
     what = re.search(r"The (.+) is", turn["input"])
     what = f"What is the {what[1].lower()}?\n\n" if what else ""
     return task.query.format(input=turn["input"], options=options, what=what)
 
 
 # ---- dialogues: the tokens that are read ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Frame:
-    """What stands around a context, its queries and their answers."""
-
-    start: str  # before the context
-    ask: str  # between the context and a query
-    end: str  # between a query and its answer
-    next: str  # between an answer and the next query
-
-
-MINI_FRAME = Frame("", "", "", "\n")
-PLAIN_FRAME = Frame("", "\n\n", "", "\n\n")
-
-
-def chat_frame(tokenizer: Tokenizer) -> Frame:
-    """Cut out of what the chat template makes of a user, an assistant and a user again."""
-    cut = "[CUT]"
-    parts = tokenizer.render([{"role": role, "content": cut} for role in ("user", "assistant", "user")]).split(cut)
-    if len(parts) != 4:
-        raise ValueError("the chat template drops what was said before: run with --no-chat")
-    start, _, following, end = parts
-    return Frame(start, "\n\n", end, following)
 
 
 @dataclass(frozen=True)
@@ -338,37 +275,38 @@ class Dialogue:
     context: list[int]
     reads: list[list[int]]
 
-    @property
-    def requests(self) -> bool:
-        return self.mode == "multi-request"
-
     def room(self, max_new_tokens: int) -> int:
         """The most tokens that ever follow the context at a time, without the answer that is being written."""
         lengths = list(map(len, self.reads))
-        return max(lengths) if self.requests else sum(lengths) + self.own_answers * len(lengths) * max_new_tokens
+        if self.mode == "multi-request":
+            return max(lengths)
+        return sum(lengths) + self.own_answers * len(lengths) * max_new_tokens
 
 
 def make_dialogue(arguments: argparse.Namespace, tokenizer: Tokenizer, example: Example) -> Dialogue:
     chat = not arguments.mini and not arguments.no_chat and tokenizer.template is not None
-    frame = chat_frame(tokenizer) if chat else MINI_FRAME if arguments.mini else PLAIN_FRAME
-    context = tokenizer.encode(frame.start + example.context, bos=not chat)  # a template writes its own bos
-    reads = []
-    for i, query in enumerate(example.queries):
-        later = i > 0 and arguments.mode == "multi-turn"
-        answered = example.references[i - 1] if later and not arguments.own_answers else ""
-        before = frame.next if later else frame.ask
-        reads.append(tokenizer.encode_after(f"{answered}{before}{query}{frame.end}"))
-    return Dialogue(arguments.mode, arguments.own_answers, context, reads)
+    gap = "" if arguments.mini else "\n\n"
+    start, end, following = chat_frame(tokenizer) if chat else ("", "", gap or "\n")
+    context = tokenizer.encode(start + example.context, bos=not chat)  # a template writes its own bos
+    texts = [f"{gap}{query}{end}" for query in example.queries]
+    if arguments.mode == "multi-turn":
+        answered = [""] * len(texts) if arguments.own_answers else example.references
+        pairs = zip(answered, example.queries[1:], strict=False)
+        texts[1:] = [f"{answer}{following}{query}{end}" for answer, query in pairs]
+    return Dialogue(arguments.mode, arguments.own_answers, context, list(map(tokenizer.encode_after, texts)))
+
+
+def chat_frame(tokenizer: Tokenizer) -> tuple[str, str, str]:
+    """What a chat template puts before a user's words, between them and the answer, and before the next words."""
+    cut = "[CUT]"
+    parts = tokenizer.render([{"role": role, "content": cut} for role in ("user", "assistant", "user")]).split(cut)
+    if len(parts) != 4:
+        raise ValueError("the chat template drops what was said before: run with --no-chat")
+    start, _, following, end = parts
+    return start, end, following
 
 
 # ---- running ----------------------------------------------------------------------------------------------
-
-
-def examples_of(arguments: argparse.Namespace) -> list[Example]:
-    if arguments.mini:
-        return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.contexts)]
-    path = arguments.data or download(arguments.hub)
-    return common.read_some_rows(path, partial(data_example, task_of(arguments)), arguments.limit)
 
 
 def run(arguments: argparse.Namespace) -> list[dict]:
@@ -377,15 +315,17 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     model, tokenizer = load(arguments.checkpoint, arguments.device, arguments.dtype)
     if arguments.mini:
         tokenizer = stops_at_newline(tokenizer)
-    longest = longest_answer(arguments, tokenizer, examples)
-    settings = settings_of(arguments, longest)
+    settings, longest = settings_of(arguments, tokenizer, examples)
     pairs = [(example, make_dialogue(arguments, tokenizer, example)) for example in examples]
     pairs = fitting(pairs, model.config.context_limit()[0], settings["max_new_tokens"])
     dialogues = [dialogue for _, dialogue in pairs]
     jobs = jobs_of(arguments, settings, Sizes(statistics.mean(len(each.context) for each in dialogues), longest))
-    asked = [example.asked() | {"source": source_of(arguments)} for example, _ in pairs]
+    what = f"k={arguments.k} reference-rate={arguments.reference_rate}" if arguments.mini else arguments.task
+    mode = arguments.mode + (" own-answers" if arguments.own_answers else "")
+    about = {"task": arguments.task, "source": common.source_of(arguments, what, mode)}
+    asked = [about | {"answers": example.answers, "seed": example.seed} for example, _ in pairs]
     inputs, work = list(map(asdict, dialogues)), partial(predict, model, tokenizer, dialogues)
-    return common.run_jobs(model, inputs, asked, jobs, common.predictions_path(arguments), work, "conversations")
+    return common.run_jobs(model, inputs, asked, jobs, arguments.predictions, work, "conversations")
 
 
 def stops_at_newline(tokenizer: Tokenizer) -> Tokenizer:
@@ -393,29 +333,28 @@ def stops_at_newline(tokenizer: Tokenizer) -> Tokenizer:
     return replace(tokenizer, stop_ids=[*tokenizer.stop_ids, tokenizer.encode("\n", bos=False)[-1]])
 
 
-def longest_answer(arguments: argparse.Namespace, tokenizer: Tokenizer, examples: list[Example]) -> int:
-    """Tokens that an answer may take: what the decode budgets are shares of."""
-    if not arguments.mini:
-        return arguments.max_new_tokens or TASKS[task_of(arguments)].max_new_tokens
-    lines = {reference + "\n" for example in examples for reference in example.references}
-    return max(len(tokenizer.encode(line, bos=False)) for line in lines)
-
-
-def settings_of(arguments: argparse.Namespace, longest: int) -> dict:
-    """The settings that no method chooses."""
-    margin = MARGIN if arguments.mini else 0
-    return common.run_settings(arguments, max_new_tokens=longest + margin, compile=not arguments.mini)
+def settings_of(arguments: argparse.Namespace, tokenizer, examples: list[Example]) -> tuple[dict, int]:
+    """The settings that no method chooses, and the tokens of an answer that the decode budgets are shares of."""
+    if arguments.mini:
+        lines = {reference + "\n" for example in examples for reference in example.references}
+        longest = max(len(tokenizer.encode(line, bos=False)) for line in lines)
+        return common.run_settings(arguments, max_new_tokens=longest + MARGIN, compile=False), longest
+    settings = common.run_settings(arguments, max_new_tokens=TASKS[arguments.task].max_new_tokens, compile=True)
+    return settings, settings["max_new_tokens"]
 
 
 def fitting(pairs: list[tuple[Example, Dialogue]], limit: int, T: int) -> list[tuple[Example, Dialogue]]:
     """Without the contexts that are too long for the model, all that follows them included; they are named."""
-    totals = [len(dialogue.context) + dialogue.room(T) + T for _, dialogue in pairs]
-    for number, total in enumerate(totals, 1):
-        if total > limit:
+    chosen = []
+    for number, (example, dialogue) in enumerate(pairs, 1):
+        total = len(dialogue.context) + dialogue.room(T) + T
+        if total <= limit:
+            chosen.append((example, dialogue))
+        else:
             note(f"context {number}: skipped: it needs {total} positions, the model has {limit}")
-    if min(totals) > limit:
+    if not chosen:
         raise ValueError(f"no context fits the model's {limit} positions: give a --checkpoint that reads longer texts")
-    return [pair for pair, total in zip(pairs, totals, strict=True) if total <= limit]
+    return chosen
 
 
 def jobs_of(arguments: argparse.Namespace, settings: dict, sizes: Sizes) -> list[Job]:
@@ -427,23 +366,30 @@ def jobs_of(arguments: argparse.Namespace, settings: dict, sizes: Sizes) -> list
     return jobs + common.make_jobs(arguments, compressing, arguments.prompt_share, settings, sizes)
 
 
-def source_of(arguments: argparse.Namespace) -> str:
-    mini = f"k={arguments.k} reference-rate={reference_rate(arguments)}"
-    mode = arguments.mode + (" own-answers" if arguments.own_answers else "")
-    return common.source_of(arguments, mini if arguments.mini else task_of(arguments), mode)
-
-
-def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job: Job, bar: Progress) -> Iterator:
+def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job: Job, bar: tqdm) -> Iterator:
     """(index, prediction) of each missing dialogue."""
-    before, slots = bar.done, max_context(model, dialogues, Options(**job.settings))
-    for number, i in enumerate(missing):
+    slots = max_context(model, dialogues, Options(**job.settings))
+    for i in missing:
         conversation = Conversation(model, tokenizer, dialogues[i].context, **{"max_context": slots} | job.settings)
-        prefill_s, turns = conversation.engine.prefill_s, []
-        for turn in converse(conversation, dialogues[i]):
-            turns.append(turn)
-            bar.show(before + number + len(turns) / len(dialogues[i].reads), job.labels["method"])
-        restart = restart_of(conversation, conversation.snapshots[0])
-        yield i, prediction_of(prefill_s, turns) | {"restart": restart}
+        prefill_s, results, starts = conversation.engine.prefill_s, [], []
+        for result, start_s in converse(conversation, dialogues[i]):
+            results.append(result)
+            starts.append(start_s)
+            bar.update(1 / len(dialogues[i].reads))
+        stats = [asdict(result.stats) for result in results]
+        most = {"live_peak": max(each["live_peak"] for each in stats)}
+        mean = {"tokens_per_s": statistics.mean(each["tokens_per_s"] for each in stats)}
+        yield (
+            i,
+            {
+                "preds": [result.text for result in results],
+                "finish_reasons": [result.finish_reason for result in results],
+                "prefill_s": prefill_s,
+                "start_s": starts,
+                "restart": restart_of(conversation),
+                "stats": stats[0] | most | mean,
+            },
+        )
 
 
 def max_context(model, dialogues: list[Dialogue], options: Options) -> int:
@@ -455,71 +401,37 @@ def max_context(model, dialogues: list[Dialogue], options: Options) -> int:
     return min(slots + room, model.config.context_limit()[0])
 
 
-@dataclass(frozen=True)
-class Turn:
-    """One query and its answer, with what they took."""
-
-    asked: Snapshot  # before the answer
-    result: Result
-    start_s: float  # from the query to the first token, rewinding included
-
-    @property
-    def stop(self) -> int | None:
-        """The token that ended the answer; None: its longest length ended it."""
-        return self.result.token_ids[-1] if self.result.finish_reason == "stop" else None
-
-
-def converse(conversation: Conversation, dialogue: Dialogue) -> Iterator[Turn]:
-    """Ask all queries, as requests or as turns."""
-    context, clock, turn = conversation.mark(), Clock(conversation), None
-    for ids in dialogue.reads:
-        clock.lap()
-        if turn and dialogue.requests:
-            conversation.rewind(context)
-        elif turn and dialogue.own_answers:
-            ids = without_stop(conversation.tokenizer, ids, turn.stop)
-        elif turn:
-            conversation.rewind(turn.asked)  # `ids` begin with the reference answer
+def converse(conversation: Conversation, dialogue: Dialogue) -> Iterator[tuple[Result, float]]:
+    """Ask all queries. Yields each answer, and the seconds from the query to its first token, rewinding included."""
+    back, stop = conversation.mark(), None
+    for number, ids in enumerate(dialogue.reads):
+        started = now(conversation)
+        if dialogue.own_answers:
+            ids = without_stop(conversation.tokenizer, ids, stop)
+        elif number:
+            conversation.rewind(back)
         conversation.read(ids)
-        start_s = clock.lap()
-        turn = Turn(conversation.mark(), conversation.answer(), start_s)
-        yield turn
+        start_s = now(conversation) - started
+        if dialogue.mode == "multi-turn":
+            back = conversation.mark()  # before the answer: the next `ids` begin with the reference answer
+        result = conversation.answer()
+        stop = result.token_ids[-1] if result.finish_reason == "stop" else None
+        yield result, start_s
 
 
-def restart_of(conversation: Conversation, context: Snapshot) -> float | None:
-    """Rewinding and the first decode step after it, over the median decode step."""
-    clock, steps = Clock(conversation), []
-    conversation.rewind(context)
-    rewind_s = clock.lap()
-    conversation.answer(on_step=lambda cache: steps.append(clock.lap()))
-    return (rewind_s + steps[0]) / statistics.median(steps) if steps else None
+def restart_of(conversation: Conversation) -> float | None:
+    """Rewinding to the context and the first decode step after it, over the median of the other steps."""
+    times = [now(conversation)]
+    conversation.rewind(conversation.snapshots[0])
+    conversation.answer(on_step=lambda cache: times.append(now(conversation)))
+    first, *others = [end - start for start, end in pairwise(times)] or [0.0]
+    return first / statistics.median(others) if others else None
 
 
-class Clock:
-    """Seconds of one thing after the other, the device's part included."""
-
-    def __init__(self, conversation: Conversation):
-        self.wait = conversation.engine.wait
-        self.last = 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        self.wait()
-        before, self.last = self.last, time.perf_counter()
-        return self.last - before
-
-
-def prediction_of(prefill_s: float, turns: list[Turn]) -> dict:
-    stats = [asdict(turn.result.stats) for turn in turns]
-    most = {"live_peak": max(each["live_peak"] for each in stats)}
-    mean = {"tokens_per_s": statistics.mean(each["tokens_per_s"] for each in stats)}
-    return {
-        "preds": [turn.result.text for turn in turns],
-        "finish_reasons": [turn.result.finish_reason for turn in turns],
-        "prefill_s": prefill_s,
-        "start_s": [turn.start_s for turn in turns],
-        "stats": stats[0] | most | mean,
-    }
+def now(conversation: Conversation) -> float:
+    """Seconds, after the device has done all its work."""
+    conversation.engine.wait()
+    return time.perf_counter()
 
 
 # ---- the report -------------------------------------------------------------------------------------------

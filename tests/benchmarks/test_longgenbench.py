@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import common, longgenbench, plots, report
-from benchmarks.common import Predictions, Progress, Sizes
+from benchmarks import common, longgenbench, plots
+from benchmarks.common import Predictions, Sizes
 from benchmarks.longgenbench import by_number, by_order, gold, main, prompt_ids
 from benchmarks.report import Scored, accuracy
 from checkpoints import make_checkpoint
@@ -215,7 +215,7 @@ def test_a_data_run_end_to_end(folder, tmp_path, capsys):
 
 def test_the_length_of_a_data_run_follows_its_questions():
     data = longgenbench.parse_arguments(["--data", "gsm8k_60.jsonl", "--batch-size", "3"])
-    assert common.predictions_path(data) == "gsm8k_60.predictions.jsonl"
+    assert data.predictions == "gsm8k_60.predictions.jsonl"
     assert longgenbench.settings_of(data, 1, 40) == {"max_new_tokens": 4096, "batch_size": 3, "compile": True}
     assert longgenbench.settings_of(data, 1, 60)["max_new_tokens"] == 8192
     mini = longgenbench.parse_arguments(["--mini", "--compile"])
@@ -276,16 +276,6 @@ def test_a_method_that_only_spells_out_a_default_is_no_second_line():
 @pytest.mark.parametrize("text, kind", [("ignore_eos=true", True), ("heavy=3", 3), ("score=current", "current")])
 def test_a_setting_has_the_type_of_its_field(text, kind):
     assert common.parse_method(f"slide:{text}") == {"policy": "slide", text.split("=")[0]: kind}
-
-
-def test_methods_with_other_slots_are_named():
-    line = {"source": None, "prompt_share": 1.0, "decode_budget": 0.25}
-    lines = [line | {"method": name, "slots": slots} for name, slots in (("a", 100), ("b", 107), ("c", 100))]
-    lines.append(line | {"method": "full", "decode_budget": 1.0, "slots": 400})
-    assert report.odd_slots(lines) == [
-        "Other slots at prompt 100%, decode 25%: b 107 (the others 100)",
-        "Other slots at prompt 100%, decode 100%: full 400",
-    ]
 
 
 # ---- running, being killed, running on
@@ -378,7 +368,7 @@ def test_malformed_predictions_are_named_and_run_again(small, tmp_path, capsys):
     small.ran.clear()
     assert small("--predictions", str(file)) == 0 and small.ran == [1]
     said = capsys.readouterr().err
-    assert f"{file}:1: skipped: no `key`" in said and f"{file}:7: skipped: broken JSON" in said
+    assert f"{file}:1: skipped: no `key`" in said and f"{file}:7: skipped: Expecting value" in said
 
 
 def test_a_file_that_is_not_ours_is_left_alone(small, tmp_path, capsys):
@@ -434,7 +424,6 @@ def test_a_saved_table_is_shown_and_plotted_again(small, tmp_path, capsys):
 
 def test_names_that_would_overlap_are_moved_apart():
     assert plots.moved_apart([0.9, 0.5, 0.5, 0.05, 0.0], 0.1) == pytest.approx([0.9, 0.5, 0.4, 0.1, 0.0])
-    assert plots.merged({"a": [(0, 1)], "b": [(0, 2)], "c": [[0, 1]]}) == {((0, 1),): ["a", "c"], ((0, 2),): ["b"]}
 
 
 # ---- the command line
@@ -451,13 +440,12 @@ def test_names_that_would_overlap_are_moved_apart():
         (["--mini", "--methods", "slide:ignore_eos=yes"], "setting ignore_eos=yes: a value of type bool"),
         (["--mini", "--methods", "slide:score=none"], "unknown score 'none'"),
         (["--mini", "--set", "temperature=1"], "unknown setting 'temperature'"),
-        (["--mini", "--decode-budget", "2"], "--decode-budget is 2.0: it must be above 0 and at most 1"),
-        (["--mini", "--prompt-share", "0"], "--prompt-share is 0.0: it must be"),
+        (["--mini", "--decode-budget", "2"], "--decode-budget: 2 is not above 0 and at most 1"),
+        (["--mini", "--prompt-share", "0"], "--prompt-share: 0 is not above 0"),
         (["--mini", "--recent", "900"], "--recent is 900: it must be 0 to"),
-        (["--mini", "--k", "0"], "--k is 0: it must be 1 or more"),
+        (["--mini", "--k", "0"], "--k: 0 is not 1 or more"),
         (["--mini", "--k", "41"], "do not fit labels 1 to 40"),
-        (["--mini", "--seeds", "1", "1"], "--seeds is [1, 1]: it must be all different"),
-        (["--mini", "--reference-rate", "2"], "--reference-rate is 2.0: it must be 0 to 1"),
+        (["--mini", "--reference-rate", "2"], "--reference-rate: 2 is not 0 to 1"),
         (["--mini", "--k", "40"], "the model has 512 positions: lower --max-new-tokens"),
         (["--mini", "--plot", "x.txt"], "--plot is x.txt: it must be .png, .pdf or .svg"),
         (["--mini", "--json", "no/such/x"], "--json no/such/x: there is no directory no/such"),
@@ -485,17 +473,13 @@ def test_a_plot_is_refused_at_once_without_matplotlib(folder, monkeypatch, capsy
     assert "--plot needs matplotlib" in capsys.readouterr().err
 
 
-def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
-    monkeypatch.setattr(Progress, "SECONDS", 0)
+def test_progress_is_a_bar_on_a_terminal_and_nothing_elsewhere(monkeypatch, capsys):
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
-        bar = Progress(8)
-        for done in (2, 4, 6):
-            bar.show(done, "slide")
-        bar.close()
-        said = capsys.readouterr().err
-        assert said.count("\r") == (4 if terminal else 0) and said.count("\n") == (0 if terminal else 1)
-        assert "2/8 prompts  slide" in said and ("s left" in said) is terminal
+        with common.progress(8, "prompts") as bar:
+            bar.update(2.2)
+            bar.refresh()
+        assert ("2/8 prompts" in capsys.readouterr().err) is terminal
 
 
 def test_no_predictions_file_is_no_memory():
@@ -506,5 +490,5 @@ def test_the_script_runs_from_anywhere(folder, tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "longgenbench.py"), *SMALL, "--checkpoint", folder]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[0] == f"{folder} k=2 reference-rate=0.4 min-distance=1"
-    assert "0/12 prompts  slide" in done.stderr
+    assert done.stderr.endswith("slide: 6 prompts\nrecent: 6 prompts\n")
     assert list(tmp_path.iterdir()) == []
