@@ -45,12 +45,11 @@ class CacheSnapshot(NamedTuple):
 
 
 class StepInput(NamedTuple):
-    """What one decode step needs to know. The values are tensors, so the compiled graph does not specialise on them.
-
-    `reads` alone is an int: it is a shape, so each value of it compiles a graph.
-    """
+    """What one decode step needs to know. The values are tensors, so the compiled graph does not specialise on them;
+    what attention reads is a shape, so it is an int, and each value of it compiles a graph."""
 
     reads: int  # decode slots that attention reads
+    prompt_reads: list[int] | None  # prompt slots of each layer that it reads; None: all
     position: Tensor  # [B] of the token that is written
     kept: Tensor  # [n_layers, B] prompt tokens kept per KV head
     plan: Tensor  # [n_layers, 3]: the scope.StepPlan of each layer
@@ -75,9 +74,10 @@ class LayerCache(nn.Module):
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
         self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_scores))
         self.register_buffer("victims", torch.zeros(batch, n_kv_heads, max_evict, dtype=torch.int64))
+        self.register_buffer("number", torch.tensor([layer]))  # an int would make each layer compile a graph of its own
 
     def reset(self) -> None:
-        for buffer in self.buffers():
+        for buffer in (self.k, self.v, self.score, self.victims):
             buffer.zero_()
         self.pos.fill_(-1)
 
@@ -164,10 +164,14 @@ class LayerCache(nn.Module):
         return y
 
     def write_token(self, now: StepInput, k: Tensor, v: Tensor) -> None:
-        slot = self.next_slot(*now.plan[self.layer, :2])
+        slot = self.next_slot(*self.own(now.plan)[:2])
         kernels.write_slots(self.k, slot, k)
         kernels.write_slots(self.v, slot, v)
         kernels.write_slots(self.pos, slot, now.position.int()[:, None, None].expand_as(slot))
+
+    def own(self, x: Tensor) -> Tensor:
+        """This layer's part of x [n_layers, ...]."""
+        return x.index_select(0, self.number)[0]
 
     def next_slot(self, reuse: Tensor, fresh: Tensor) -> Tensor:
         """[B, H, 1]: each head's own victim of the last selection, or one fresh slot for all heads."""
@@ -180,7 +184,14 @@ class LayerCache(nn.Module):
     def attend(self, now: StepInput, q: Tensor) -> tuple[Tensor, Tensor]:
         """Attention over the slots in use, and the probabilities that it gives them, [B, H, prompt_slots + reads]."""
         n = self.prompt_slots + now.reads
-        return kernels.attend_slots(q, self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n] >= 0)
+        k, v, pos = self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n]
+        if now.prompt_reads is None or now.prompt_reads[self.layer] == self.prompt_slots:
+            return kernels.attend_slots(q, k, v, pos >= 0)
+        # A conversation may have thousands of prompt slots that it has not reached yet: leave them out.
+        end, gap = now.prompt_reads[self.layer], self.prompt_slots - now.prompt_reads[self.layer]
+        k, v, pos = (torch.cat((x[:, :, :end], x[:, :, end + gap :]), 2) for x in (k, v, pos))
+        y, prob = kernels.attend_slots(q, k, v, pos >= 0)
+        return y, torch.cat((prob[:, :, :end], prob.new_zeros(*prob.shape[:2], gap), prob[:, :, end:]), 2)
 
     def evictable_pos(self, now: StepInput) -> Tensor:
         """[B, H, n]: the positions in the slots that compete for staying."""
@@ -203,15 +214,26 @@ class LayerCache(nn.Module):
         `victims` lists them for the next 3 tokens. Plan says 0: nothing dies, and `victims` stays as it was.
         """
         pos = self.evictable_pos(now)
-        window = self.policy.strategy.window(self.policy, now.kept[self.layer][:, None, None])
+        window = self.policy.strategy.window(self.policy, self.own(now.kept)[:, None, None])
         evictable = (pos >= 0) & (self.age(now) > window)
         most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
         victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.first_evictable
-        count = now.plan[self.layer, 2]
+        count = self.own(now.plan)[2]
         dies = torch.arange(most, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
         listed = self.victims[:, :, :most]
         listed.copy_(torch.where(count > 0, victims, listed))
+
+
+class StepAttention(NamedTuple):
+    """The attention of one layer in one step. Dynamo tells two layers' named tuples apart by their tensors alone."""
+
+    layer: LayerCache
+    now: StepInput
+    select: bool
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (self.layer.select if self.select else self.layer.append)(self.now, q, k, v)
 
 
 def pick(x: Tensor, pos: Tensor) -> Tensor:
@@ -246,8 +268,6 @@ class Cache(nn.Module):
         self.register_buffer("kept", torch.zeros(config.n_layers, size.batch, dtype=torch.int64))
         self.used = [0] * config.n_layers  # prompt slots in use, of each layer
         self.position = 0  # of the next token that a conversation reads
-
-    # ---- sizes
 
     def allocated_for(self, layer: int, size: CacheSize) -> int:
         """Prompt slots of a layer. Raises ValueError where `size.prompt_slots` are too few for the prompts."""
@@ -301,17 +321,8 @@ class Cache(nn.Module):
         """Bytes of all buffers: K, V and what eviction needs beside them."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    # ---- what is held
-
-    def held(self) -> Tensor:
-        """[n_layers, B]: tokens held now per KV head, the mean of the heads."""
-        return torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers])
-
     def held_of_output(self, steps: int) -> Tensor:
-        """[steps, n_layers]: generated tokens that each of the first steps attends to, per KV head. The plan knows.
-
-        In a pool that prompt and output share, it is how many tokens more than the prompt gave.
-        """
+        """[steps, n_layers]: tokens that each step attends to beyond what the prompt gave, per KV head, by the plan."""
         evicted = self.plan[:steps, :, 2].cpu()
         evicted_before = evicted.cumsum(0) - evicted  # a step attends before it evicts
         return torch.arange(1, steps + 1)[:, None] - evicted_before
@@ -343,12 +354,16 @@ class Cache(nn.Module):
         return [partial(layer.fill, self.lengths, keep, self.prompt) for layer, keep in pairs]
 
     def step_input(self, t: int, reads: int) -> StepInput:
-        """The input of step t, counted from 1. reads: decode slots that it reads."""
-        return StepInput(reads, self.lengths + (t - 1), self.kept, self.plan[t - 1])
+        """The input of step t, counted from 1, for a graph that reads this many decode slots and all prompt slots."""
+        return StepInput(reads, None, self.lengths + (t - 1), self.kept, self.plan[t - 1])
+
+    def eager_step_input(self, t: int) -> StepInput:
+        """The input of step t that reads the slots in use and no others: no graph was compiled for a number of them."""
+        return self.step_input(t, max(self.in_use(t)))._replace(prompt_reads=self.used)
 
     def step_attention(self, now: StepInput, select: bool) -> list:
         """The attention of each layer in a select or an append step."""
-        return [partial(layer.select if select else layer.append, now) for layer in self.layers]
+        return [StepAttention(layer, now, select) for layer in self.layers]
 
     # ---- a conversation: one row, turn after turn
 
@@ -382,7 +397,7 @@ class Cache(nn.Module):
     def begin_output(self) -> None:
         """Note what is held before an answer: its position, and the tokens that count as prompt."""
         self.lengths.fill_(self.position)
-        self.kept.copy_(self.held())
+        self.kept.copy_(torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers]))
 
     def drop(self, position: int) -> None:
         """Forget the tokens from this position on."""
@@ -394,10 +409,8 @@ class Cache(nn.Module):
         return CacheSnapshot(self.position, tuple(self.used), self.kept.clone(), scores)
 
     def rewind(self, snapshot: CacheSnapshot) -> None:
-        """Forget what came after the snapshot. A frozen prompt is then bit for bit as it was.
-
-        A pool that prompt and output share cannot bring back the prompt tokens that it has evicted since.
-        """
+        """Forget what came after the snapshot. A frozen prompt is then bit for bit as it was. A pool that prompt and
+        output share cannot bring back the prompt tokens that it has evicted since."""
         self.drop(snapshot.position)
         self.used = list(snapshot.used)
         self.position = snapshot.position

@@ -244,13 +244,9 @@ class Row:
 
 READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and each read makes it wait
 
-# torch stops compiling a function after 8 graphs. A process that runs many policies needs more: each has an append and
-# a select graph per shape, and a pool that grows has up to two for each 256 slots that it reads.
-torch._dynamo.config.recompile_limit = 64
-
-# Inductor would compute the norm before a linear layer again for each output channel. These two settings make it store
-# every operand of a sum of products instead, however short it is (5.5 against 3.4 ms a step).
-CPU_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 6}
+# Thresholds: inductor stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
+# again for each output channel (5.5 against 3.4 ms a step). vec_isa_ok: it does not test what /proc/cpuinfo says (3 s).
+CPU_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 6, "cpp.vec_isa_ok": True}
 
 
 def decode_step(
@@ -264,13 +260,13 @@ def decode_step(
 class Engine:
     """One model and one cache. It runs batch after batch of prompts through the same buffers and graphs."""
 
-    def __init__(self, model: Llama, options: Options, stop_ids: list[int], size: CacheSize):
+    def __init__(self, model: Llama, options: Options, stop_ids: list[int], size: CacheSize, sampler=None):
         self.model = model
         self.options = options
         self.size = size
         self.device = model.embed.weight.device
         self.cache = self.allocate(*options.rules(), size, self.device)
-        self.sampler = kernels.Sampler(options, [] if options.ignore_eos else stop_ids).to(self.device)
+        self.sampler = sampler or kernels.Sampler(options, [] if options.ignore_eos else stop_ids).to(self.device)
         self.decode_step = decode_step
         self.noise: Tensor  # [T, B] one number per token, for sampling
         self.token: Tensor  # [B] to feed next
@@ -293,6 +289,9 @@ class Engine:
     def compile(self) -> float:
         """Compile all graphs on the empty cache, so that no step of a run waits for it. Returns seconds."""
         started = time.perf_counter()
+        # torch stops compiling a function after 8 graphs. A process that runs many policies needs more: each has up to
+        # two for each number of slots read. Set here: the line imports the compiler, and an eager run need not wait.
+        torch._dynamo.config.recompile_limit = 64
         on_gpu = self.device.type == "cuda"
         if not on_gpu:
             check_compiler()
@@ -374,7 +373,9 @@ class Engine:
     def decode(self, t: int, graph_key: tuple[bool, int] | None = None) -> Tensor:
         """Run step t, counted from 1; returns the tokens to show [B], -1 for a row that had stopped before."""
         select, reads = graph_key or self.cache.graph_keys[t - 1]
-        now, noise = self.cache.step_input(t, reads), self.noise[t % len(self.noise)]
+        eager = not (self.options.compile or graph_key)
+        now = self.cache.eager_step_input(t) if eager else self.cache.step_input(t, reads)
+        noise = self.noise[t % len(self.noise)]
         step = self.decode_step(self.model, self.cache, self.sampler, now, select, self.token, noise, self.stopped)
         self.token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
         self.steps = t
@@ -636,11 +637,9 @@ def parse_prompt(line: str, where: str) -> str | list[int]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON: {error.msg}") from None
-    row = row if isinstance(row, dict) else {}
-    if isinstance(row.get("prompt"), str) and "prompt_ids" not in row:
-        return row["prompt"]
-    if isinstance(row.get("prompt_ids"), list) and "prompt" not in row:
-        return row["prompt_ids"]
+    for name, kind, other in (("prompt", str, "prompt_ids"), ("prompt_ids", list, "prompt")):
+        if isinstance(row, dict) and isinstance(row.get(name), kind) and other not in row:
+            return row[name]
     raise ValueError(f'{where}: one {{"prompt": TEXT}} or {{"prompt_ids": [ID, ...]}} is expected, not both')
 
 

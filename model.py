@@ -4,7 +4,7 @@ The caller hands the model one function `attend(q, k, v)` per layer. Training pa
 decode pass methods of `cache.py`.
 """
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ import kernels
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a Llama or Mistral checkpoint. `rope_scaling` is Hugging Face's dict, or None."""
+    """Shapes and constants of a Llama or Mistral checkpoint."""
 
     vocab_size: int
     hidden_size: int
@@ -29,7 +29,7 @@ class ModelConfig:
     max_positions: int = 2048
     sliding_window: int | None = None  # not implemented: longer runs are refused
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scale: Callable[[Tensor], Tensor] | None = None  # for long contexts: hf/checkpoint.py, ROPE_SCALINGS
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -47,7 +47,10 @@ class Llama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding.from_pretrained(table, freeze=False)
+        if not table.is_meta:  # drawing random numbers on the meta device would import the compiler, which takes 2 s
+            self.embed.reset_parameters()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -69,6 +72,15 @@ class Llama(nn.Module):
         return self.head(hidden).float()
 
 
+def compiled_once(forward):
+    """Compile `forward` once for all layers whose weights and caches have the same shapes, not once per layer."""
+    region = torch.compiler.nested_compile_region
+    try:
+        return region(forward, max_reuse_entries=1000)  # sets of shapes: in a pyramid each layer has its own
+    except TypeError:  # torch 2.11 has no limit
+        return region(forward)
+
+
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -77,6 +89,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLP(config)
 
+    @compiled_once
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
         x = x + self.attention(self.attention_norm(x), rope, attend)
         return x + self.mlp(self.mlp_norm(x))
@@ -134,29 +147,4 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     """[head_dim / 2] float32. It is made on the CPU even where the weights are on the meta device."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu") / config.head_dim
     inv_freq = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling or {}
-    scale, _ = ROPE_SCALINGS[scaling.get("rope_type", "default")]
-    return scale(inv_freq, scaling)
-
-
-def scale_linear(inv_freq: Tensor, scaling: dict) -> Tensor:
-    return inv_freq / scaling["factor"]
-
-
-def scale_llama3(inv_freq: Tensor, scaling: dict) -> Tensor:
-    """Llama 3.1: long wavelengths are stretched by `factor`, short ones stay, and those between are blended."""
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # within the trained context
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
-
-
-# rope_type in config.json -> the function that scales, and the fields of rope_scaling that it needs
-ROPE_SCALINGS = {
-    "default": (lambda inv_freq, scaling: inv_freq, ()),
-    "linear": (scale_linear, ("factor",)),
-    "llama3": (
-        scale_llama3,
-        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    ),
-}
+    return config.rope_scale(inv_freq) if config.rope_scale else inv_freq

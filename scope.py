@@ -321,7 +321,6 @@ def eviction_count(policy: Policy, T: int, t: int, live: int) -> int:
 
 
 def require(holds: bool, name: str, value, wanted: str) -> None:
-    """Raises ValueError with the name, the value and what is wanted instead."""
     if not holds:
         raise ValueError(f"{name} is {value}: it must be {wanted}")
 
@@ -331,8 +330,7 @@ def require_known(what: str, value: str, table: dict) -> None:
         raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(table)}")
 
 
-def one_line(error: Exception) -> str:
-    """The error's text without line breaks; its type where it has no text."""
+def one_line(error: Exception) -> str:  # its type where it has no text
     return " ".join(str(error).split()) or type(error).__name__
 
 

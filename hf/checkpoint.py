@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model import ROPE_SCALINGS, Llama, ModelConfig
+from model import Llama, ModelConfig
 from scope import one_line, require
 
 # ---- finding the files ------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ def parse_config(raw: dict, path: Path) -> ModelConfig:
         max_positions=given.size("max_position_embeddings", 2048),
         sliding_window=given.size("sliding_window") if raw.get("sliding_window") is not None else None,
         rope_theta=rope.number("rope_theta", given.number("rope_theta", 10000.0)),
-        rope_scaling=rope.values,
+        rope_scale=partial(ROPE_SCALINGS[rope.values["rope_type"]][0], rope.values),
         tie_embeddings=given.flag("tie_word_embeddings"),
         attention_bias=given.flag("attention_bias"),
         mlp_bias=given.flag("mlp_bias"),
@@ -150,6 +151,29 @@ def parse_rope(config: Fields) -> Fields:
     if low >= high:
         raise ValueError(f"{config.path}: low_freq_factor is {low}: it must be below high_freq_factor, which is {high}")
     return rope
+
+
+def scale_linear(scaling: dict, inv_freq: Tensor) -> Tensor:
+    return inv_freq / scaling["factor"]
+
+
+def scale_llama3(scaling: dict, inv_freq: Tensor) -> Tensor:
+    """Llama 3.1: long wavelengths are stretched by `factor`, short ones stay, and those between are blended."""
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)  # within the trained context
+    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+
+
+# rope_type in config.json -> the function that scales, and the fields of rope_scaling that it needs
+ROPE_SCALINGS = {
+    "default": (lambda scaling, inv_freq: inv_freq, ()),
+    "linear": (scale_linear, ("factor",)),
+    "llama3": (
+        scale_llama3,
+        ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    ),
+}
 
 
 # ---- weights: our parameter names, and the tensors of Hugging Face that are stacked into each ---------------

@@ -143,9 +143,9 @@ def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
     cache = Cache(config, Policy("slide", 5, 6, "cumulative"), WHOLE_PROMPT, CacheSize(4, [64], 1000), torch.bfloat16)
     assert cache.layers[0].k.shape == (4, 2, 64 + 5 + 6 + 1, 8)
     kv = 3 * 2 * (4 * 2 * 76 * 8) * 2
-    pos, score, victims = 4 * 2 * 76 * 4, 4 * 2 * 12 * 4, 4 * 2 * 1 * 8
+    pos, score, victims, number = 4 * 2 * 76 * 4, 4 * 2 * 12 * 4, 4 * 2 * 1 * 8, 8
     bookkeeping = (
-        3 * (pos + score + victims) + 1000 * 3 * 3 * 8 + 4 * 8 + 3 * 4 * 8
+        3 * (pos + score + victims + number) + 1000 * 3 * 3 * 8 + 4 * 8 + 3 * 4 * 8
     )  # and the plan, the prompts' lengths and what is kept
     assert cache.nbytes == kv + bookkeeping
     full = Cache(config, Policy("full", 5, 6, "cumulative"), WHOLE_PROMPT, CacheSize(4, [64], 1000), torch.bfloat16)

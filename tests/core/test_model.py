@@ -1,12 +1,14 @@
 """The model's logits beside a plain reference: published formulas, loops over heads, Hugging Face's own tensors."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
 from checkpoints import CONFIG, make_checkpoint, random_weights, write_json
 from generate import load
+from hf.checkpoint import scale_llama3
 from model import ModelConfig, rope_frequencies
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -137,7 +139,8 @@ def test_a_constant_of_the_config_changes_the_logits_of_the_same_weights(tmp_pat
 
 def test_the_frequencies_of_llama_3_1_itself_equal_the_published_formula():
     scaling = LLAMA3 | {"rope_type": "llama3", "original_max_position_embeddings": 8192}
-    found = rope_frequencies(ModelConfig(9, 8, 8, 1, 1, 1, 128, rope_theta=500000.0, rope_scaling=scaling))
+    scale = partial(scale_llama3, scaling)
+    found = rope_frequencies(ModelConfig(9, 8, 8, 1, 1, 1, 128, rope_theta=500000.0, rope_scale=scale))
     published = {"rope_theta": 500000.0, "rope_scaling": scaling}
     wanted = torch.tensor([frequency(published, 2 * i / 128) for i in range(64)])
     torch.testing.assert_close(found, wanted, atol=0, rtol=1e-4)
