@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
 
 from checkpoints import CONFIG, make_checkpoint, random_weights, write_json
 from generate import load
@@ -122,7 +123,6 @@ def test_logits_equal_the_plain_reference(tmp_path, changes):
 
 @every_variant
 def test_logits_equal_those_of_transformers(tmp_path, changes):
-    transformers = pytest.importorskip("transformers")
     folder = make_checkpoint(tmp_path, seed=3, **changes)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():

@@ -6,6 +6,7 @@ from dataclasses import replace
 from datetime import datetime
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -115,7 +116,6 @@ def test_a_file_that_pads_or_truncates_does_neither_here(folders, tokenizers, tm
 
 @pytest.mark.parametrize("text", ["the cat", "a<|user|>b<|end|>", "naïve 日本語 🙂  \n", ""])
 def test_ids_are_those_of_transformers(folders, tokenizers, text):
-    transformers = pytest.importorskip("transformers")
     for kind in ("tokenizers", "converted"):
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders[kind])
         assert tokenizers[kind].encode(text) == theirs(text)["input_ids"]
@@ -231,7 +231,6 @@ def test_a_conversation_becomes_the_templates_ids_with_one_bos_and_the_generatio
 
 
 def test_chat_ids_are_those_of_transformers(folders, tokenizers):
-    transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders["tokenizers"])
     wanted = theirs.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
     assert tokenizers["tokenizers"].chat(HELLO) == wanted
