@@ -3,10 +3,10 @@
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,23 +220,16 @@ def make_jobs(arguments: argparse.Namespace, methods: list[str], shares: list[fl
     run: the settings that no method chooses. What --set and a method say goes before what the budgets say.
     """
     common, jobs = parse_settings(arguments.set), {}
-    for share in shares:
-        for budget in arguments.decode_budget:
-            budgets = budget_settings(share, budget, arguments.recent, sizes)
-            for method in methods:
-                own = common | parse_method(method)
-                job = make_job(method, run | budgets, own, share, budget, sizes)
-                jobs.setdefault(json.dumps(job.effective()), job)  # two jobs with the same settings are one
+    for share, budget, method in product(shares, arguments.decode_budget, methods):
+        total = round(budget * sizes.output)
+        recent = total // 2 if arguments.recent is None else arguments.recent
+        require(0 <= recent <= total, "--recent", recent, f"0 to {total}, the decode budget")
+        budgets = {"compress": WHOLE_PROMPT.compress, "heavy": total - recent, "recent": recent}
+        if share < 1:
+            budgets |= {"compress": "h2o", "prompt_budget": round(share * sizes.prompt)}
+        job = make_job(method, run | budgets, common | parse_method(method), share, budget, sizes)
+        jobs.setdefault(json.dumps(job.effective()), job)  # two jobs with the same settings are one
     return list(jobs.values())
-
-
-def budget_settings(share: float, budget: float, recent: int | None, sizes: Sizes) -> dict:
-    """The settings that a prompt share and a decode budget stand for."""
-    total = round(budget * sizes.output)
-    recent = total // 2 if recent is None else recent
-    require(0 <= recent <= total, "--recent", recent, f"0 to {total}, the decode budget")
-    prompt = {"compress": "h2o", "prompt_budget": round(share * sizes.prompt)} if share < 1 else {}
-    return {"compress": WHOLE_PROMPT.compress, "heavy": total - recent, "recent": recent} | prompt
 
 
 def make_job(method: str, settings: dict, own: dict, share: float, budget: float, sizes: Sizes) -> Job:
@@ -275,7 +268,8 @@ def run_jobs(
     move the bar by parts of an input.
     """
     predictions, weights = Predictions(path), fingerprint(model)
-    keys = [[key_of(job, weights, each) for each in inputs] for job in jobs]
+    texts = [[json.dumps([job.effective(), weights, each]) for each in inputs] for job in jobs]
+    keys = [[hashlib.sha256(text.encode()).hexdigest()[:20] for text in row] for row in texts]
     missing = [[i for i, key in enumerate(row) if key not in predictions.rows] for row in keys]
     total, left = len(jobs) * len(inputs), sum(map(len, missing))
     if left < total:
@@ -299,12 +293,6 @@ def fingerprint(model: torch.nn.Module) -> str:
     return f"{sum(norms):.9e} {next(model.parameters()).dtype}"
 
 
-def key_of(job: Job, weights: str, content: list | dict) -> str:
-    """The same for two runs that must give the same tokens."""
-    text = json.dumps([job.effective(), weights, content])
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
 def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: tqdm) -> Iterator:
     """(index, prediction) of each missing prompt, a batch at a time."""
     rows = min(job.settings["batch_size"], len(missing))
@@ -320,38 +308,20 @@ def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: 
 class Predictions:
     """Finished prompts by key, in a .jsonl file that a run reads first and then appends to; None: no file."""
 
-    START = b'{"key": "'  # of every line
-
     def __init__(self, path: str | None):
         self.path = Path(path) if path else None
         self.rows: dict[str, dict] = {}
         if self.path and self.path.exists():
-            cut_half_line(self.path, self.START)
-            self.rows = {row["key"]: row for row in read_rows(self.path, with_key)}
+            self.rows = {row["key"]: row for row in read_rows(self.path, dict) if "key" in row}
+            with open(self.path, "r+b") as file:
+                if not file.read().endswith(b"\n"):
+                    file.write(b"\n")  # a killed run left half a line: it stays, and its prompt runs again
 
     def add(self, row: dict) -> None:
         self.rows[row["key"]] = row
         if self.path:
             with open(self.path, "ab") as file:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-
-def with_key(row: dict) -> dict:
-    if not isinstance(row.get("key"), str):
-        raise ValueError("no `key`: not a prediction of this program")
-    return row
-
-
-def cut_half_line(path: Path, start: bytes) -> None:
-    """Cut off a last line that a killed run left half written. Anything but the start of a line of ours is refused."""
-    with open(path, "r+b") as file:
-        last = file.read().rpartition(b"\n")[2]
-        if not last.startswith(start[: len(last)]):
-            raise ValueError(f"{path} ends in a line that is no prediction: give another --predictions")
-        if last:
-            note(f"{path}: the last line is half written ({len(last)} bytes): that prompt runs again")
-            file.seek(-len(last), os.SEEK_END)
-            file.truncate()
 
 
 # ---- results ----------------------------------------------------------------------------------------------

@@ -21,13 +21,14 @@ from problems import make_problem
 
 from benchmarks import common, report
 from benchmarks.common import Sizes, positive
-from benchmarks.plots import PERCENT, Panel
-from benchmarks.report import Scored, accuracy, percent, share_text
+from benchmarks.plots import Panel, position_panel
+from benchmarks.report import Scored, accuracy, percent, percent_at
 from generate import Options, check_run, load, run_program
 from scope import STRATEGIES
 
 METHODS = [*STRATEGIES, "slide:score=current", "h2o:score=current"]
 HIGHLIGHTED = ["full", "discontinuous:score=own", "discontinuous", "discontinuous:score=current", "h2o:score=current"]
+SCORED = ("answers", "numbers", "references", "seed")  # what a prediction carries along, so that it can be scored alone
 MARGIN = 16  # tokens that an answer of the mini model may have beyond the longest solution
 
 
@@ -83,10 +84,6 @@ class Example:
     seed: int = 0
     solution: str = ""  # mini
 
-    def asked(self) -> dict:
-        """What a prediction carries along, so that it can be scored alone."""
-        return {name: getattr(self, name) for name in ("answers", "numbers", "references", "seed")}
-
 
 def mini_example(arguments: argparse.Namespace, seed: int, i: int) -> Example:
     """Problem i of a seed; neither a training sample nor a held-out one of the training run has this seed."""
@@ -114,9 +111,7 @@ PLAIN = "<<SYS>>\n {} \n<</SYS>>\n\n{}"  # the form that the paper gave Llama 3.
 
 def data_example(row: dict) -> Example:
     """A published row -> an Example; ValueError says what is wrong with it."""
-    prompt, answers = row.get("prompt"), checked_answers(row)
-    if not isinstance(prompt, str):
-        raise ValueError("no text in `prompt`")
+    prompt, answers = str(row.get("prompt")), checked_answers(row)
     numbers = question_numbers(prompt, len(answers))
     if not numbers:
         raise ValueError(f"{len(answers)} answers, but not as many lines `Question_N:` in the prompt")
@@ -175,7 +170,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         check_run(model.config, prompts, Options(**job.settings))
     mini = f"k={arguments.k} reference-rate={arguments.reference_rate} min-distance={arguments.min_distance}"
     source = common.source_of(arguments, arguments.name or mini)
-    asked = [example.asked() | {"source": source} for example in examples]
+    asked = [{name: getattr(example, name) for name in SCORED} | {"source": source} for example in examples]
     work = partial(common.predict, model, tokenizer, prompts)
     return common.run_jobs(model, prompts, asked, jobs, arguments.predictions, work, "prompts")
 
@@ -275,33 +270,18 @@ COLUMNS: report.Columns = {
     "accuracy": percent("accuracy"),
     "plain": percent("plain"),
     "cross-ref": percent("cross_reference"),
-    **report.QUARTER_COLUMNS,
+    **{f"Q{i + 1}": percent_at("quartiles", i) for i in range(4)},
     **report.COST_COLUMNS,
 }
 
 
 def panels(lines: list[dict]) -> list[Panel]:
-    """Accuracy by question position, for each prompt share and decode budget; of many budgets, also by budget."""
+    """Accuracy by question position, for each prompt share and decode budget."""
     made = []
     for group in report.grouped(lines, "source", "prompt_share"):
-        budgets = report.by_budget(group)
-        made += [position_panel(budget) for budget in budgets]
-        made += [budget_panel(budgets)] if len(budgets) > 2 else []
+        for budget in report.by_budget(group):
+            made.append(position_panel(report.budget_title(budget[-1]), "answer", budget))
     return made
-
-
-def position_panel(lines: list[dict]) -> Panel:
-    curves = {line["method"]: [(i + 1, y) for i, y in enumerate(line["eighths"]) if y is not None] for line in lines}
-    return Panel(report.budget_title(lines[-1]), "eighth of the answer", PERCENT, curves)
-
-
-def budget_panel(budgets: list[list[dict]]) -> Panel:
-    curves: dict[str, list] = {}
-    for lines in sorted(budgets, key=lambda lines: lines[-1]["decode_budget"]):
-        for line in lines:
-            curves.setdefault(line["method"], []).append((100 * lines[-1]["decode_budget"], line["accuracy"][0]))
-    title = f"all questions, prompt {share_text(budgets[0][-1]['prompt_share'])}"
-    return Panel(title, "decode budget (% of the output)", PERCENT, curves)
 
 
 if __name__ == "__main__":

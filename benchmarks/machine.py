@@ -1,7 +1,8 @@
-"""What the speed benchmark asks of the machine: clocks, how fast it reads, how much memory a process held."""
+"""What the speed benchmark runs on: the machine, and models of random weights, because speed needs no training."""
 
 import gc
 import platform
+import re
 import resource
 import sys
 import time
@@ -9,60 +10,37 @@ from pathlib import Path
 
 import torch
 
+from hf.checkpoint import find_dtype
+from model import Llama, ModelConfig
+
 
 def describe(device: torch.device) -> dict:
     """What a figure depends on beside the code. read_bandwidth, in bytes/s, is measured now."""
-    on_gpu = device.type == "cuda"
+    on_gpu, info = device.type == "cuda", Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     return {
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system()},
-        "cpu": cpu_name(),
+        "cpu": named[1] if named else platform.processor() or platform.machine(),
         "gpu": torch.cuda.get_device_name(device) if on_gpu else None,
         "threads": torch.get_num_threads(),
         "read_bandwidth": bandwidth(device, 2**32 if on_gpu else 2**28),
     }
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-
-
 def bandwidth(device: torch.device, size: int) -> float:
     """Bytes/s, the best of 50 passes over `size` bytes: a CPU sums them, a GPU copies one half to the other."""
     buffer = torch.ones(size // 8, dtype=torch.float64, device=device)
     half, other = buffer.chunk(2)
-    work = buffer.sum if device.type == "cpu" else lambda: half.copy_(other)
     times = []
     for _ in range(50):
-        start = stamp(device)
-        work()
-        times.append(seconds(start, stamp(device)))
+        started = time.perf_counter()
+        if device.type == "cpu":
+            buffer.sum()
+        else:
+            half.copy_(other)
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
     return size / min(times)
-
-
-def stamp(device: torch.device):
-    """A moment: of the clock, or of the GPU's queue, which the host runs ahead of."""
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-def seconds(start, end) -> float:
-    if isinstance(end, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def forget_peak(device: torch.device) -> int:
-    """Start the search for a GPU's peak anew; returns the bytes in use now (0 for a CPU, whose peak only grows)."""
-    if device.type == "cpu":
-        return 0
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -79,3 +57,29 @@ def release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+LONGEST = 131072  # positions; no table of them is stored, so they cost nothing
+SHAPES = {  # vocabulary, hidden, intermediate, layers, query heads, KV heads, head_dim
+    "mini": ModelConfig(301, 128, 384, 4, 4, 2, 32, max_positions=LONGEST),
+    "cpu": ModelConfig(4096, 512, 1408, 8, 8, 8, 64, max_positions=LONGEST),
+    "cpu-gqa": ModelConfig(4096, 512, 1408, 8, 8, 2, 64, max_positions=LONGEST),
+    "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, max_positions=LONGEST, tie_embeddings=True),
+    "8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, max_positions=LONGEST),
+}
+
+
+def random_model(shape: str, device: torch.device, dtype: str) -> Llama:
+    """A model of this shape with torch's initial weights, made in `dtype` on the device: no memory is taken twice."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(find_dtype(dtype, {}))
+    try:
+        with torch.device(device):
+            model = Llama(SHAPES[shape])
+    finally:
+        torch.set_default_dtype(default)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def random_prompts(config: ModelConfig, batch: int, tokens: int) -> list[list[int]]:
+    return torch.randint(config.vocab_size, (batch, tokens)).tolist()

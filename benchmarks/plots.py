@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 COLOURS = ["#1f2933", "#0b7a75", "#e8710a", "#c2185b", "#3f6fd8"]
@@ -22,15 +21,18 @@ class Panel:
     x_label: str
     y_label: str
     lines: dict[str, list[tuple[float, float]]]
-    x_ticks: list[float] | None = None  # None: where matplotlib puts them
+
+
+def position_panel(title: str, whole: str, lines: list[dict]) -> Panel:
+    """Accuracy in each eighth of the answer or the queries; a short one has no question in some of them."""
+    curves = {line["method"]: [(i, y) for i, y in enumerate(line["eighths"], 1) if y is not None] for line in lines}
+    return Panel(title, f"eighth of the {whole}", PERCENT, curves)
 
 
 def check_plot(path: str | None) -> None:
     """Refuse what could not be drawn, before anything runs."""
     if path and Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot is {path}: it must be .png, .pdf or .svg")
-    if path and not find_spec("matplotlib"):
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
 
 def plot(path: str, panels: list[Panel], highlighted: list[str]) -> None:
@@ -61,8 +63,6 @@ def draw(ax, panel: Panel, colours: dict[str, str]) -> None:
     ax.set_title(panel.title, loc="left")
     ax.set(xlabel=panel.x_label, ylabel=panel.y_label)
     ax.set_ylim((0, 102) if panel.y_label == PERCENT else (0, None))
-    if panel.x_ticks:
-        ax.set_xticks(panel.x_ticks, [f"{x:.3g}" for x in panel.x_ticks])
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", alpha=0.3)
     write_names(ax, panel.lines, colours)

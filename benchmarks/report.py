@@ -5,7 +5,6 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 LABELS = ("source", "method", "prompt_share", "decode_budget")  # rows that agree in these make one line of a table
@@ -55,12 +54,11 @@ def accuracy(scored: list[Scored], wanted=lambda prompt, i: True) -> tuple[float
 
 def accuracy_by_part(scored: list[Scored], parts: int) -> list[float | None]:
     """Percent right in each of `parts` equal stretches of the answers; None where a short one has no question."""
-
-    def in_part(part: int, prompt: int, i: int) -> bool:
-        return i * parts // len(scored[prompt].scores) == part
-
-    found = [accuracy(scored, partial(in_part, part)) for part in range(parts)]
-    return [each and each[0] for each in found]
+    found = []
+    for part in range(parts):
+        inside = accuracy(scored, lambda prompt, i, part=part: i * parts // len(scored[prompt].scores) == part)
+        found.append(inside and inside[0])
+    return found
 
 
 def costs(predictions: list[dict]) -> dict:
@@ -134,7 +132,6 @@ LABEL_COLUMNS = {
     "prompt": lambda line: share_text(line["prompt_share"]),
     "decode": lambda line: share_text(line["decode_budget"]),
 }
-QUARTER_COLUMNS = {f"Q{i + 1}": percent_at("quartiles", i) for i in range(4)}
 COST_COLUMNS = {
     "slots": figure("slots", ".0f"),
     "live peak": figure("live_peak", ".0f"),

@@ -25,17 +25,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "checkpoints" / "mini"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from huggingface_hub import hf_hub_download
 from problems import RESULT, make_problem
 from tqdm import tqdm
 
 from benchmarks import common, report
 from benchmarks.common import Job, Sizes, positive
-from benchmarks.plots import PERCENT, Panel
+from benchmarks.plots import Panel, position_panel
 from benchmarks.report import Scored, accuracy, figure, percent_at, share_text
 from cache import Cache
 from generate import Conversation, Options, Result, load, note, run_program, size_of
 from hf.tokenizer import Tokenizer, without_stop
-from scope import one_line, require_known
+from scope import require_known
 
 METHODS = ["full", "slide", "discontinuous", "h2o", "h2o:score=current", "streaming"]
 METHODS += ["full:compress=h2o", "full:compress=snapkv", "full:compress=streaming"]
@@ -182,7 +183,7 @@ class Example:
 def examples_of(arguments: argparse.Namespace) -> list[Example]:
     if arguments.mini:
         return [mini_example(arguments, seed, i) for seed in arguments.seeds for i in range(arguments.contexts)]
-    path = arguments.data or download(arguments.hub)
+    path = arguments.data or hf_hub_download(HUB, f"data/{arguments.hub}.jsonl", repo_type="dataset")
     return common.read_some_rows(path, partial(data_example, TASKS[arguments.task]), arguments.limit)
 
 
@@ -213,16 +214,6 @@ def random_order(k: int, references: dict[int, int], rng: Random) -> list[int]:
         order.append(rng.choice([label for label in sorted(waiting) if references.get(label) not in waiting]))
         waiting.remove(order[-1])
     return order
-
-
-def download(task: str) -> str:
-    """The hub's file of a task, in the hub's own cache."""
-    from huggingface_hub import hf_hub_download  # here, so that a local file does not wait for it
-
-    try:
-        return hf_hub_download(HUB, f"data/{task}.jsonl", repo_type="dataset")
-    except Exception as error:  # no network, no login, a full disk: they share no base class
-        raise ValueError(f"--hub {task}: {one_line(error)}; or download it and give --data FILE") from error
 
 
 def data_example(task: Task, row: dict) -> Example:
@@ -313,8 +304,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     """All predictions of all methods, from disk or generated now."""
     examples = examples_of(arguments)
     model, tokenizer = load(arguments.checkpoint, arguments.device, arguments.dtype)
-    if arguments.mini:
-        tokenizer = stops_at_newline(tokenizer)
+    tokenizer = stops_at_newline(tokenizer) if arguments.mini else tokenizer
     settings, longest = settings_of(arguments, tokenizer, examples)
     pairs = [(example, make_dialogue(arguments, tokenizer, example)) for example in examples]
     pairs = fitting(pairs, model.config.context_limit()[0], settings["max_new_tokens"])
@@ -383,7 +373,6 @@ def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job
             i,
             {
                 "preds": [result.text for result in results],
-                "finish_reasons": [result.finish_reason for result in results],
                 "prefill_s": prefill_s,
                 "start_s": starts,
                 "restart": restart_of(conversation),
@@ -446,8 +435,7 @@ def line_of(rows: list[dict]) -> dict:
         "accuracy": accuracy(scored),
         "first": accuracy(scored, lambda prompt, i: i == 0),
         "last": accuracy(scored, lambda prompt, i: i == len(scored[prompt].scores) - 1),
-        "quartiles": report.accuracy_by_part(scored, 4),
-        "by_turn": by_turn(scored),
+        "eighths": report.accuracy_by_part(scored, 8),
         **times(rows),
         **report.costs(rows),
     }
@@ -456,18 +444,6 @@ def line_of(rows: list[dict]) -> dict:
 def scored_of(row: dict) -> Scored:
     score, pairs = SCORERS[row["task"]], zip(row["preds"], row["answers"], strict=True)
     return Scored(row["seed"], [score(pred, answers) for pred, answers in pairs])
-
-
-def by_turn(scored: list[Scored]) -> list[tuple[float, float]]:
-    """(turn, percent right), at most 8 points: neighbouring turns together."""
-    turns = max(len(row.scores) for row in scored)
-    parts = min(turns, 8)
-    points = []
-    for part in range(parts):
-        numbers = [i for i in range(turns) if i * parts // turns == part]
-        mean, _ = accuracy(scored, lambda prompt, i, numbers=numbers: i in numbers)
-        points.append((statistics.mean(numbers) + 1, mean))
-    return points
 
 
 def times(rows: list[dict]) -> dict:
@@ -479,8 +455,7 @@ def times(rows: list[dict]) -> dict:
     known = {"prefill_s": prefill_s, "first_start_s": first_s, "start_by_turn": by_turn}
     if later := [seconds for turn in turns[1:] for seconds in turn]:
         later_s = statistics.median(later)
-        known |= {"later_start_s": later_s, "saved": 1 - later_s / first_s}
-        known |= {"saved_prefills": (first_s - later_s) / prefill_s}
+        known |= {"later_start_s": later_s, "saved_prefills": (first_s - later_s) / prefill_s}
     if restarts := [row["restart"] for row in rows if row["restart"] is not None]:
         known["restart"] = statistics.median(restarts)
     return known
@@ -492,18 +467,17 @@ COLUMNS: report.Columns = {
     "accuracy": report.percent("accuracy"),
     "first": percent_at("first", 0),
     "last": percent_at("last", 0),
-    **report.QUARTER_COLUMNS,
     **report.COST_COLUMNS,
     "prefill ms": figure("prefill_s", ".1f", 1e-3),
     "first start": figure("first_start_s", ".1f", 1e-3),
     "later": figure("later_start_s", ".1f", 1e-3),
-    "saved": figure("saved", ".0%"),
+    "saved": figure("saved_prefills", ".2f"),
     "restart": figure("restart", ".2f"),
 }
 LEGEND = """
-first, last: query of each context; Q1 to Q4: quarters of its queries. first start, later: ms to the first token of the
-first query, prefill included, and of a later one, medians; saved: 1 - later / first start. restart: rewinding and the
-first decode step after it, over the median decode step."""
+first, last: query of each context. first start, later: ms to the first token of the first query, prefill included, and
+of a later one, medians; saved: the difference, as a share of the prefill. restart: rewinding and the first decode step
+after it, over the median decode step."""
 
 
 def panels(lines: list[dict]) -> list[Panel]:
@@ -515,13 +489,12 @@ def panels(lines: list[dict]) -> list[Panel]:
     for group in report.grouped(lines, "source"):
         whole = [line for line in group if line["prompt_share"] == 1]
         for budget in report.by_budget(whole) if whole else []:
-            curves = {line["method"]: line["by_turn"] for line in budget}
             title = f"whole context, decode budget {share_text(budget[-1]['decode_budget'])}"
-            made.append(Panel(title, "query", PERCENT, curves))
+            made.append(position_panel(title, "queries", budget))
         cut = [line for line in group if line["prompt_share"] != 1]
         if cut:
-            curves = {f"{line['method']} {share_text(line['prompt_share'])}": line["by_turn"] for line in cut}
-            made.append(Panel("compressed context", "query", PERCENT, curves))
+            named = [line | {"method": f"{line['method']} {share_text(line['prompt_share'])}"} for line in cut]
+            made.append(position_panel("compressed context", "queries", named))
         times = [(query, 1e3 * seconds) for query, seconds in group[0]["start_by_turn"]]
         made.append(Panel("time to the first token", "query", "ms", {group[0]["method"]: times}))
     return made

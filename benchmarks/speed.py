@@ -10,32 +10,34 @@ steps in one process, so that whatever else the machine does slows all of them a
 
 import argparse
 import json
+import subprocess
 import sys
-from collections.abc import Hashable, Iterable
+import time
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
-from typing import NamedTuple
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import common, machine, plots, prefill, report
-from benchmarks.common import Progress, flag, parse_method
+from benchmarks import common, machine, plots, report
+from benchmarks.common import parse_method, positive
+from benchmarks.machine import SHAPES, random_model, random_prompts
 from benchmarks.report import figure
-from benchmarks.shapes import SHAPES, random_model, random_prompts
 from cache import Cache, CacheSize
 from generate import Engine, Options, note, run_program
 from hf.checkpoint import find_device, find_dtype
 from model import Llama
-from scope import FULL, one_line, require
+from scope import COMPRESSORS, FULL, WHOLE_PROMPT, PromptPolicy, require
 
 TURN = 8  # steps: the first finds another policy's data in the CPU's caches (10 % slower), most must not
 EVICTION_ROUNDS = 40
+OBS_WINDOW = 32  # prefill: last tokens of the prompt that every compressor keeps
+WARM_UP = 64  # prefill: tokens of the one before the one that is timed
 WINDOWS = 16  # of a run, equally long: a curve has one point in each
-QUICK = {"shape": "mini", "workload": ["24+32"], "batch_sizes": [1, 2], "prompt_budget": 40, "rounds": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,19 +45,31 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
+    name = "prefill" if arguments.prefill else "eviction" if arguments.eviction else "decode"
+    work, columns, legend = MODES[name]
     if arguments.from_json:
-        return show(arguments, common.saved_lines(arguments.from_json, "decode"))
-    device = find_device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(0)
-    if arguments.child:
-        return print(json.dumps(prefill.once(arguments, device, *arguments.child)))
-    work = prefill.compare if arguments.prefill else compare_eviction if arguments.eviction else compare_decode
+        lines = common.saved_lines(arguments.from_json, name)
+    else:
+        torch.set_num_threads(arguments.threads)
+        torch.manual_seed(0)
+        if arguments.child:
+            return print(json.dumps(prefill_once(arguments, *arguments.child)))
+        lines = run(arguments, name, work)
+    print(report.table(lines, columns), legend, sep="\n")
+    if arguments.plot:
+        plots.plot(arguments.plot, panels(lines), [])
+
+
+def run(arguments: argparse.Namespace, name: str, work) -> list[dict]:
+    """The lines of a mode. --json gets each as soon as it is there."""
     about = {"command": " ".join(["python benchmarks/speed.py", *arguments.argv])}
-    try:
-        work(arguments, device, about | machine.describe(device))
-    except RuntimeError as error:  # torch's out-of-memory errors are of this kind, on any device
-        raise error if "memory" not in str(error) else ValueError(f"out of memory: {one_line(error)[:120]}") from error
+    about |= machine.describe(find_device(arguments.device))
+    note(f"this machine reads {about['read_bandwidth'] / 1e9:.3g} GB/s")
+    lines = []
+    for line in work(arguments, about["read_bandwidth"]):
+        lines.append(line)
+        report.write_json(arguments.json, about | {name: lines})
+    return lines
 
 
 # ---- the command line -------------------------------------------------------------------------------------
@@ -67,14 +81,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     group = parser.add_argument_group("where it runs")
     group.add_argument("--device", default=Options.device, help="cpu, cuda, cuda:1")
     group.add_argument("--dtype", default="bfloat16", help="of weights and cache")
-    group.add_argument("--threads", type=int, default=1, help="of the CPU")
+    group.add_argument("--threads", type=positive, default=1, help="of the CPU")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="or run eagerly")
     results = parser.add_argument_group("results")
     common.add_result_flags(results)
     results.add_argument("--from-json", metavar="FILE", help="show or plot what --json has saved; runs nothing")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # one prefill: compressor, prompt tokens
-    if parser.parse_args(argv).quick:
-        parser.set_defaults(**QUICK)
     arguments = parser.parse_args(argv, argparse.Namespace(argv=argv))
     check_arguments(arguments)
     return arguments
@@ -84,43 +96,40 @@ def add_work_flags(group) -> None:
     group.add_argument("--shape", choices=SHAPES, default="cpu", help="1b, 8b: Llama-3.2-1B, Llama-3.1-8B")
     pair = {"nargs": "+", "default": ["1024+1024"], "metavar": "PROMPT+NEW"}
     group.add_argument("--workload", **pair, help="tokens of every prompt, and to generate")
-    group.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="ROWS", help="prompts at a time")
+    group.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], metavar="ROWS", help="prompts at a time")
     policies = {"nargs": "+", "default": ["slide", "adaptive", "discontinuous"], "metavar": "NAME[:FIELD=VALUE,...]"}
-    group.add_argument("--policies", **policies, help="full always runs too")
-    group.add_argument("--heavy", type=int, help="heavy hitters per KV head (default: 1/16 of NEW)")
-    group.add_argument("--recent", type=int, help="newest tokens always kept (default: 1/16 of NEW)")
+    group.add_argument("--policies", **policies, help="full always runs too; heavy and recent are 1/16 of NEW each")
+    mode = group.add_mutually_exclusive_group()
     eviction = "time steps against a full cache of as many slots instead"
-    group.add_argument("--eviction", action="store_true", help=eviction)
-    group.add_argument("--prefill", type=int, nargs="+", metavar="TOKENS", help="time prompt compressors instead")
+    mode.add_argument("--eviction", action="store_true", help=eviction)
+    mode.add_argument("--prefill", type=positive, nargs="+", metavar="TOKENS", help="time prompt compressors instead")
     group.add_argument("--prompt-budget", type=int, default=2048, help="prefill: prompt tokens that they keep")
-    group.add_argument("--rounds", type=int, default=3, help="prefill: runs of each compressor")
-    group.add_argument("--quick", action="store_true", help="small defaults: does it run at all?")
+    group.add_argument("--rounds", type=positive, default=3, help="prefill: runs of each compressor")
+
+
+def sizes_of(workload: str) -> tuple[int, int]:
+    """PROMPT+NEW: tokens of each prompt, and to generate after it."""
+    prompt, _, new = workload.partition("+")
+    sizes = [int(part) if part.isdecimal() else 0 for part in (prompt, new)]
+    holds = sizes[0] >= 1 and sizes[1] >= 2
+    require(holds, "--workload", workload, "PROMPT+NEW, say 1024+1024, with NEW at least 2")
+    return sizes[0], sizes[1]
 
 
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what argparse cannot refuse, before a long run finds out."""
-    counts = {"batch_sizes": arguments.batch_sizes, "prefill": arguments.prefill or []}
-    counts |= {"threads": [arguments.threads], "rounds": [arguments.rounds]}
-    for name, value in ((name, value) for name, values in counts.items() for value in values):
-        require(value >= 1, flag(name), value, "1 or more")
     find_dtype(arguments.dtype, {})
     for policy, workload in product(policies_of(arguments), arguments.workload):
         options_of(arguments, policy, workload)
-    prefill.check(arguments)
-    if arguments.eviction and (arguments.plot or arguments.prefill):
-        raise ValueError("--eviction makes one table: it goes neither with --plot nor with --prefill")
+    PromptPolicy(WHOLE_PROMPT.compress, arguments.prompt_budget, OBS_WINDOW)  # refuses what is impossible
+    for tokens in arguments.prefill or []:
+        wanted = f"more than --prompt-budget {arguments.prompt_budget}: else there is nothing to choose"
+        require(tokens > arguments.prompt_budget, "--prefill", tokens, wanted)
+    if arguments.plot and (arguments.eviction or arguments.prefill):
+        raise ValueError("--plot draws decode steps: it goes neither with --eviction nor with --prefill")
     if arguments.eviction and len(policies_of(arguments)) == 1:
         raise ValueError("--eviction compares policies with full: name another one with --policies")
-    common.check_results(arguments)
-
-
-def parse_workload(text: str) -> tuple[int, int]:
-    """PROMPT+NEW: tokens of each prompt, and to generate after it."""
-    prompt, _, new = text.partition("+")
-    sizes = [int(part) if part.isdecimal() else 0 for part in (prompt, new)]
-    holds = sizes[0] >= 1 and sizes[1] >= 2
-    require(holds, "--workload", text, "PROMPT+NEW, say 1024+1024, with NEW at least 2")
-    return sizes[0], sizes[1]
+    common.check_flags(arguments)
 
 
 def policies_of(arguments: argparse.Namespace) -> list[str]:
@@ -130,87 +139,79 @@ def policies_of(arguments: argparse.Namespace) -> list[str]:
 
 def options_of(arguments: argparse.Namespace, policy: str, workload: str) -> Options:
     """Of one policy. With a heavy and recent sixteenth each, 1024 new tokens give 64 + 64, and 4096 give 256 + 256."""
-    _, new = parse_workload(workload)
-    budgets = {"heavy": arguments.heavy, "recent": arguments.recent}
-    budgets = {name: new // 16 if given is None else given for name, given in budgets.items()}
-    shared = {"max_new_tokens": new, "compile": arguments.compile, "ignore_eos": True}
-    return Options(**budgets | shared | parse_method(policy))
+    _, new = sizes_of(workload)
+    shared = {"heavy": new // 16, "recent": new // 16, "max_new_tokens": new, "compile": arguments.compile}
+    return Options(**shared | parse_method(policy), ignore_eos=True)
 
 
 # ---- runners: policies that take turns ----------------------------------------------------------------------
 
 
-class Group(NamedTuple):
-    """Steps that do the same work, close together."""
-
-    window: int
-    selects: bool
-    reads: int  # decode slots
+Group = tuple[int, bool, int]  # window of the run, whether it selects, decode slots read: steps that do the same work
 
 
 @dataclass
 class Runner:
-    """One policy of a race. `stamps` holds the start and the end of each of its steps."""
+    """One policy of a race, and the seconds of each of its steps."""
 
     name: str
     engine: Engine
-    peak_bytes: int | None  # of GPU memory, had it run alone; a CPU process has no such figure for one policy
-    stamps: list[tuple] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     def step(self, t: int) -> None:
-        start = machine.stamp(self.engine.device)
+        started = time.perf_counter()
         self.engine.decode(t)
-        self.stamps.append((start, machine.stamp(self.engine.device)))
-
-    def seconds(self) -> list[float]:
-        return [machine.seconds(*pair) for pair in self.stamps]
+        self.engine.wait()
+        self.seconds.append(time.perf_counter() - started)
 
     def groups(self) -> list[Group]:
         """Of each step, the window of the run that it lies in, and the graph that it runs."""
-        steps = len(self.stamps)
-        return [Group(i * WINDOWS // steps, *self.engine.cache.graph_keys[i]) for i in range(steps)]
+        steps = len(self.seconds)
+        return [(i * WINDOWS // steps, *self.engine.cache.graph_keys[i]) for i in range(steps)]
 
 
-def make_runner(model: Llama, prompts: list[list[int]], name: str, options: Options, title: str) -> Runner:
+def make_runner(model: Llama, prompts: list[list[int]], name: str, options: Options) -> Runner:
     """Compiled and with its cache filled. The second prefill counts: the first one also warms up."""
-    note(f"{title}: {name}: {'compile, ' if options.compile else ''}prefill")
-    others = machine.forget_peak(model.embed.weight.device) - sum(weight.nbytes for weight in model.parameters())
     engine = Engine(model, options, [], CacheSize(len(prompts), [len(prompts[0])], options.max_new_tokens))
     for _ in range(2):
         engine.prefill(prompts, list(range(len(prompts))))
-    return Runner(name, engine, machine.peak_bytes(engine.device) - others if engine.device.type == "cuda" else None)
+    return Runner(name, engine)
 
 
-def take_turns(runners: list[Runner], steps: int, title: str) -> None:
+def take_turns(runners: list[Runner], steps: int) -> None:
     """TURN steps of every policy, again and again; another one goes first every time."""
-    bar = Progress(steps, "steps")
+    bar = common.progress(steps, "steps")
     for number, first in enumerate(range(1, steps + 1, TURN)):
         turn = range(first, min(first + TURN, steps + 1))
         start = number % len(runners)
         for each in runners[start:] + runners[:start]:
             for t in turn:
                 each.step(t)
-        bar.show(turn[-1], title)
+        bar.update(len(turn))
     bar.close()
+
+
+def work_of(arguments: argparse.Namespace) -> Iterator[tuple[dict, Llama, list[list[int]]]]:
+    """For each workload and batch size: the labels of its lines, the model and the prompts. Nothing is left behind."""
+    model = random_model(arguments.shape, find_device(arguments.device), arguments.dtype)
+    for workload, batch in product(arguments.workload, arguments.batch_sizes):
+        note(f"{workload}, batch {batch}")
+        labels = {"shape": arguments.shape, "workload": workload, "batch": batch}
+        yield labels, model, random_prompts(model.config, batch, sizes_of(workload)[0])
+        machine.release(model.embed.weight.device)
 
 
 # ---- decoding: every policy against the full cache ------------------------------------------------------------
 
 
-def compare_decode(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
-    model, lines = random_model(arguments.shape, device, arguments.dtype), []
-    for workload, batch in product(arguments.workload, arguments.batch_sizes):
-        prompt, new = parse_workload(workload)
-        title, prompts = f"{workload}, batch {batch}", random_prompts(model.config, batch, prompt)
-        labels = {"shape": arguments.shape, "workload": workload, "batch": batch}
-        options = {policy: options_of(arguments, policy, workload) for policy in policies_of(arguments)}
-        runners = [make_runner(model, prompts, name, each, title) for name, each in options.items()]
-        take_turns(runners, new - 1, title)
-        lines += [labels | line_of(runner, runners[0], about["read_bandwidth"]) for runner in runners]
-        report.write_json(arguments.json, about | {"decode": lines})  # what is done is safe
-        del runners
-        machine.release(device)
-    show(arguments, lines)
+def compare_decode(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
+    for labels, model, prompts in work_of(arguments):
+        options = {policy: options_of(arguments, policy, labels["workload"]) for policy in policies_of(arguments)}
+        runners = [make_runner(model, prompts, policy, each) for policy, each in options.items()]
+        take_turns(runners, options[FULL.name].max_new_tokens - 1)
+        for runner in runners:
+            yield labels | line_of(runner, runners[0], read_speed)
+        del runner, runners
 
 
 def line_of(runner: Runner, full: Runner, read_speed: float) -> dict:
@@ -220,20 +221,17 @@ def line_of(runner: Runner, full: Runner, read_speed: float) -> dict:
     swept_bytes: the same with dead slots. A ratio compares two steps that ran close together.
     """
     engine, groups = runner.engine, runner.groups()
-    own = steadied(runner.seconds(), groups)
-    over_full = steadied([a / b for a, b in zip(runner.seconds(), full.seconds(), strict=True)], groups)
-    kinds = gathered(own, [group.selects for group in groups])
+    own = steadied(runner.seconds, groups)
+    over_full = steadied([a / b for a, b in zip(runner.seconds, full.seconds, strict=True)], groups)
+    kinds = gathered(own, [selects for _, selects, _ in groups])
     weights, live = weight_bytes(engine.model), live_bytes(engine.cache)
     read, swept = weights + mean(live), weights + mean(swept_bytes(engine.cache))
     return {
         "policy": runner.name,
-        "heavy": engine.options.heavy,
-        "recent": engine.options.recent,
         "tokens_per_s": engine.size.batch / mean(own),
         "step_s": mean(own),
         "append_s": mean(kinds[False]) if False in kinds else None,
         "select_s": mean(kinds[True]) if True in kinds else None,
-        "prefill_s": engine.prefill_s,
         "compile_s": engine.compile_s,
         "floor_s": read / read_speed,
         "step_over_floor": mean(own) * read_speed / read,
@@ -243,7 +241,6 @@ def line_of(runner: Runner, full: Runner, read_speed: float) -> dict:
         "kv_bytes": engine.cache.nbytes,
         "read_bytes": read,
         "swept_bytes": swept,
-        "peak_bytes": runner.peak_bytes,
         "t": by_window(range(1, len(groups) + 1), groups),
         "step_s_at_t": by_window(own, groups),
         "live_bytes_at_t": by_window(live, groups),
@@ -265,7 +262,7 @@ def steadied(values: list[float], groups: list[Group]) -> list[float]:
 
 def by_window(values: Iterable[float], groups: list[Group]) -> list[float]:
     """The mean of each window of the run."""
-    return [mean(members) for members in gathered(values, [group.window for group in groups]).values()]
+    return [mean(members) for members in gathered(values, [window for window, *_ in groups]).values()]
 
 
 def weight_bytes(model: Llama) -> int:
@@ -310,77 +307,53 @@ DECODE_COLUMNS = WORK_COLUMNS | {
     "x floor": figure("step_over_floor", ".2f"),
     "read MB": figure("read_bytes", ".1f", 1e6),
     "KV MB": figure("kv_bytes", ".1f", 1e6),
-    "peak MB": figure("peak_bytes", ".0f", 1e6),
-    "prefill s": figure("prefill_s", ".2f"),
     "compile s": figure("compile_s", ".1f"),
 }
 DECODE_LEGEND = """
 x full: tokens/s over the full static cache's; x bytes: what the bytes of weights and slots that a step runs over make
 of it. worst: the longest step time over full's, of 16 windows of the run. append, select: ms of the two kinds of step.
-floor: ms to read the weights and the live K and V ("read") at this machine's {:.3g} GB/s. KV: allocated."""
-
-
-def show(arguments: argparse.Namespace, lines: list[dict]) -> None:
-    """The table, and the plot if there is to be one."""
-    read_speed = lines[0]["read_bytes"] / lines[0]["floor_s"]
-    print(report.table(lines, DECODE_COLUMNS), DECODE_LEGEND.format(read_speed / 1e9), sep="\n")
-    if arguments.plot:
-        plots.plot(arguments.plot, panels(lines), [])
+floor: ms to read the weights and the live K and V ("read") once at the speed of this machine. KV: allocated."""
 
 
 def panels(lines: list[dict]) -> list[plots.Panel]:
-    """For each workload: step time and live bytes of the smallest batch; tokens/s where there are several batches."""
+    """For each workload and batch size: step time and live bytes along the run."""
     made = []
-    for of_workload in report.grouped(lines, "workload"):
-        sizes = sorted({line["batch"] for line in of_workload})
-        smallest = [line for line in of_workload if line["batch"] == sizes[0]]
-        title = f"{of_workload[0]['workload']}, batch {sizes[0]}"
-        made += [curves(title, "step (ms)", smallest, "step_s_at_t", 1e-3)]
-        made += [curves(title, "live K and V (MB)", smallest, "live_bytes_at_t", 1e6)]
-        if len(sizes) > 1:
-            policies = report.grouped(of_workload, "policy")
-            points = {each[0]["policy"]: [(line["batch"], line["tokens_per_s"]) for line in each] for each in policies}
-            made.append(plots.Panel(of_workload[0]["workload"], "batch", "tokens/s", points, sizes))
+    for group in report.grouped(lines, "workload", "batch"):
+        title = f"{group[0]['workload']}, batch {group[0]['batch']}"
+        for label, name, unit in (("step (ms)", "step_s_at_t", 1e-3), ("live K and V (MB)", "live_bytes_at_t", 1e6)):
+            curves = {
+                line["policy"]: [(t, y / unit) for t, y in zip(line["t"], line[name], strict=True)] for line in group
+            }
+            made.append(plots.Panel(title, "generated tokens", label, curves))
     return made
-
-
-def curves(title: str, y_label: str, lines: list[dict], name: str, unit: float) -> plots.Panel:
-    points = {line["policy"]: [(t, y / unit) for t, y in zip(line["t"], line[name], strict=True)] for line in lines}
-    return plots.Panel(title, "generated tokens", y_label, points)
 
 
 # ---- eviction: what it adds to a step ---------------------------------------------------------------------------
 
 
-def compare_eviction(arguments: argparse.Namespace, device: torch.device, about: dict) -> None:
+def compare_eviction(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
     """A full cache of as many slots runs the same attention and does not score, select or keep books."""
-    model, lines = random_model(arguments.shape, device, arguments.dtype), []
-    for workload, batch, policy in product(arguments.workload, arguments.batch_sizes, policies_of(arguments)[1:]):
-        options = options_of(arguments, policy, workload)
-        prompts = random_prompts(model.config, batch, parse_workload(workload)[0])
-        title = f"{workload}, batch {batch}"
-        own = make_runner(model, prompts, policy, options, title)
-        slots = max(own.engine.cache.slots[1])
-        plain = replace(options, policy=FULL.name, max_new_tokens=max(slots, 2))
-        labels = {"shape": arguments.shape, "workload": workload, "batch": batch, "policy": policy}
-        times = beside(make_runner(model, prompts, FULL.name, plain, title), own)
-        lines.append(labels | {"slots": slots} | times)
-        machine.release(device)
-    report.write_json(arguments.json, about | {"eviction": lines})
-    print(report.table(lines, EVICTION_COLUMNS), EVICTION_LEGEND, sep="\n")
+    for labels, model, prompts in work_of(arguments):
+        for policy in policies_of(arguments)[1:]:
+            options = options_of(arguments, policy, labels["workload"])
+            own = make_runner(model, prompts, policy, options)
+            slots = max(own.engine.cache.slots[1])
+            plain = replace(options, policy=FULL.name, max_new_tokens=max(slots, 2))
+            times = beside(make_runner(model, prompts, FULL.name, plain), own)
+            yield labels | {"policy": policy, "slots": slots} | times
+            machine.release(own.engine.device)
 
 
 def beside(full: Runner, own: Runner) -> dict:
-    """Medians of full's last step, and of the policy's last steps of both kinds, TURN steps of each in turn."""
-    last = {"full_s": (full, last_step(full, False))}
-    last |= {"append_s": (own, last_step(own, False)), "select_s": (own, last_step(own, True))}
-    seconds: dict[str, list[float]] = {name: [] for name, (_, t) in last.items() if t}
+    """Medians of a full cache's last step and of the policy's last selecting step, TURN steps of each in turn."""
+    steps = {"full_s": (full, last_step(full, False)), "select_s": (own, last_step(own, True))}
+    seconds: dict[str, list[float]] = {name: [] for name, (_, t) in steps.items() if t}
     for _, name in product(range(EVICTION_ROUNDS), seconds):
-        runner, t = last[name]
+        runner, t = steps[name]
         for _ in range(TURN):
             runner.step(t)
-        seconds[name] += runner.seconds()[1:]  # the first finds another policy's data in the CPU's caches
-        runner.stamps.clear()
+        seconds[name] += runner.seconds[1:]  # the first finds another policy's data in the CPU's caches
+        runner.seconds.clear()
     return {name: median(values) for name, values in seconds.items()}
 
 
@@ -394,12 +367,81 @@ def last_step(runner: Runner, selects: bool) -> int | None:
 EVICTION_COLUMNS = WORK_COLUMNS | {
     "slots": figure("slots", ".0f"),
     "full ms": figure("full_s", ".2f", 1e-3),
-    "append": figure("append_s", ".2f", 1e-3),
     "select": figure("select_s", ".2f", 1e-3),
     "select / full": lambda line: f"{line['select_s'] / line['full_s']:.2f}" if "select_s" in line else "",
 }
 EVICTION_LEGEND = """
 slots: for decoding. full: a step of a full cache of as many slots, which does not score, select or keep books."""
+
+
+# ---- prefill: what choosing prompt tokens adds to it --------------------------------------------------------------
+
+
+def compare_prefill(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
+    runs: dict[tuple[int, str], list[dict]] = {}
+    work = list(product(range(arguments.rounds), arguments.prefill, COMPRESSORS))  # A B A B
+    bar = common.progress(len(work), "prefills")
+    for _, tokens, compressor in work:
+        runs.setdefault((tokens, compressor), []).append(run_child(arguments, compressor, tokens))
+        bar.update()
+    bar.close()
+    for tokens, compressor in runs:
+        yield prefill_line(arguments, runs, tokens, compressor)
+
+
+def run_child(arguments: argparse.Namespace, compressor: str, tokens: int) -> dict:
+    """A process of its own has a peak of memory of its own."""
+    command = [sys.executable, __file__, *arguments.argv, "--child", compressor, str(tokens)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}: out of memory?"])[-1]
+        raise ValueError(f"prefill of {tokens} tokens, {compressor}: {why}")
+    return json.loads(done.stdout)
+
+
+def prefill_once(arguments: argparse.Namespace, compressor: str, tokens: str) -> dict:
+    """In the child: seconds of one prompt's prefill, and the most memory that the process ever held."""
+    prompt = {"compress": compressor, "prompt_budget": arguments.prompt_budget, "obs_window": OBS_WINDOW}
+    options = Options(policy=FULL.name, max_new_tokens=1, compile=False, **prompt)
+    device, lengths = find_device(arguments.device), [WARM_UP, int(tokens)]
+    model = random_model(arguments.shape, device, arguments.dtype)
+    engine = Engine(model, options, [], CacheSize(1, lengths, options.max_new_tokens))
+    for length in lengths:
+        engine.prefill(random_prompts(model.config, 1, length), [0])
+    return {"prefill_s": engine.prefill_s, "peak_bytes": machine.peak_bytes(device)}
+
+
+def prefill_line(arguments: argparse.Namespace, runs: dict, tokens: int, compressor: str) -> dict:
+    """Medians of the rounds. A ratio compares two runs of the same round."""
+    own, plain = runs[tokens, compressor], runs[tokens, WHOLE_PROMPT.compress]
+    return {
+        "shape": arguments.shape,
+        "prompt": tokens,
+        "compressor": compressor,
+        "prefill_s": median(run["prefill_s"] for run in own),
+        "ratio": median(a["prefill_s"] / b["prefill_s"] for a, b in zip(own, plain, strict=True)),
+        "peak_bytes": median(run["peak_bytes"] for run in own),
+        "scores_bytes": SHAPES[arguments.shape].n_heads * tokens**2 * torch.float32.itemsize,
+    }
+
+
+PREFILL_COLUMNS = {
+    "compressor": lambda line: line["compressor"],
+    "prompt": figure("prompt", ".0f"),
+    "prefill s": figure("prefill_s", ".2f"),
+    "x plain": figure("ratio", ".2f"),
+    "peak MB": figure("peak_bytes", ".0f", 1e6),
+    "S x S": figure("scores_bytes", ".0f", 1e6),
+}
+PREFILL_LEGEND = """
+peak: of the whole process. S x S: what one layer's scores would take if they were stored at once, in MB."""
+
+
+MODES = {
+    "decode": (compare_decode, DECODE_COLUMNS, DECODE_LEGEND),
+    "eviction": (compare_eviction, EVICTION_COLUMNS, EVICTION_LEGEND),
+    "prefill": (compare_prefill, PREFILL_COLUMNS, PREFILL_LEGEND),
+}
 
 
 if __name__ == "__main__":
