@@ -11,7 +11,7 @@ demo: .venv/ready
 
 real: .venv/ready-dev
 	$(BIN)/python generate.py --checkpoint "$$($(BIN)/python checkpoints/smollm2.py)" --chat \
-		--prompt-file examples/question.txt --policy discontinuous --max-new-tokens 1024
+		--prompt-file examples/question.txt --policy discontinuous --temperature 0.8 --top-p 0.95
 
 test: .venv/ready-dev lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup --cov --cov-report=term --cov-fail-under=95
