@@ -9,13 +9,13 @@ steps in one process, so that whatever else the machine does slows all of them a
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import time
 from collections.abc import Hashable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median
 
@@ -38,6 +38,7 @@ EVICTION_ROUNDS = 40
 OBS_WINDOW = 32  # prefill: last tokens of the prompt that every compressor keeps
 WARM_UP = 64  # prefill: tokens of the one before the one that is timed
 WINDOWS = 16  # of a run, equally long: a curve has one point in each
+QUICK = {"shape": "mini", "workload": ["24+32"], "batch_sizes": [1, 2], "prompt_budget": 40, "rounds": 1}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,29 +48,18 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(arguments: argparse.Namespace) -> None:
     name = "prefill" if arguments.prefill else "eviction" if arguments.eviction else "decode"
     work, columns, legend = MODES[name]
-    if arguments.from_json:
-        lines = common.saved_lines(arguments.from_json, name)
-    else:
-        torch.set_num_threads(arguments.threads)
-        torch.manual_seed(0)
-        if arguments.child:
-            return print(json.dumps(prefill_once(arguments, *arguments.child)))
-        lines = run(arguments, name, work)
-    print(report.table(lines, columns), legend, sep="\n")
-    if arguments.plot:
-        plots.plot(arguments.plot, panels(lines), [])
-
-
-def run(arguments: argparse.Namespace, name: str, work) -> list[dict]:
-    """The lines of a mode. --json gets each as soon as it is there."""
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
     about = {"command": " ".join(["python benchmarks/speed.py", *arguments.argv])}
     about |= machine.describe(find_device(arguments.device))
     note(f"this machine reads {about['read_bandwidth'] / 1e9:.3g} GB/s")
     lines = []
     for line in work(arguments, about["read_bandwidth"]):
         lines.append(line)
-        report.write_json(arguments.json, about | {name: lines})
-    return lines
+        report.write_json(arguments.json, about | {name: lines})  # a run that is cut short leaves what it has
+    print(report.table(lines, columns), legend, sep="\n")
+    if arguments.plot:
+        plots.plot(arguments.plot, panels(lines), [])
 
 
 # ---- the command line -------------------------------------------------------------------------------------
@@ -83,11 +73,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     group.add_argument("--dtype", default="bfloat16", help="of weights and cache")
     group.add_argument("--threads", type=positive, default=1, help="of the CPU")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="or run eagerly")
-    results = parser.add_argument_group("results")
-    common.add_result_flags(results)
-    results.add_argument("--from-json", metavar="FILE", help="show or plot what --json has saved; runs nothing")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)  # one prefill: compressor, prompt tokens
+    common.add_result_flags(parser.add_argument_group("results"))
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
     arguments = parser.parse_args(argv, argparse.Namespace(argv=argv))
+    arguments.policies = list(dict.fromkeys([FULL.name, *arguments.policies]))  # full first: others are compared to it
     check_arguments(arguments)
     return arguments
 
@@ -105,6 +95,7 @@ def add_work_flags(group) -> None:
     mode.add_argument("--prefill", type=positive, nargs="+", metavar="TOKENS", help="time prompt compressors instead")
     group.add_argument("--prompt-budget", type=int, default=2048, help="prefill: prompt tokens that they keep")
     group.add_argument("--rounds", type=positive, default=3, help="prefill: runs of each compressor")
+    group.add_argument("--quick", action="store_true", help="small defaults: does it run at all?")
 
 
 def sizes_of(workload: str) -> tuple[int, int]:
@@ -119,7 +110,7 @@ def sizes_of(workload: str) -> tuple[int, int]:
 def check_arguments(arguments: argparse.Namespace) -> None:
     """Refuse what argparse cannot refuse, before a long run finds out."""
     find_dtype(arguments.dtype, {})
-    for policy, workload in product(policies_of(arguments), arguments.workload):
+    for policy, workload in product(arguments.policies, arguments.workload):
         options_of(arguments, policy, workload)
     PromptPolicy(WHOLE_PROMPT.compress, arguments.prompt_budget, OBS_WINDOW)  # refuses what is impossible
     for tokens in arguments.prefill or []:
@@ -127,14 +118,9 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         require(tokens > arguments.prompt_budget, "--prefill", tokens, wanted)
     if arguments.plot and (arguments.eviction or arguments.prefill):
         raise ValueError("--plot draws decode steps: it goes neither with --eviction nor with --prefill")
-    if arguments.eviction and len(policies_of(arguments)) == 1:
+    if arguments.eviction and len(arguments.policies) == 1:
         raise ValueError("--eviction compares policies with full: name another one with --policies")
     common.check_flags(arguments)
-
-
-def policies_of(arguments: argparse.Namespace) -> list[str]:
-    """full first: the others are compared with it."""
-    return list(dict.fromkeys([FULL.name, *arguments.policies]))
 
 
 def options_of(arguments: argparse.Namespace, policy: str, workload: str) -> Options:
@@ -206,7 +192,7 @@ def work_of(arguments: argparse.Namespace) -> Iterator[tuple[dict, Llama, list[l
 
 def compare_decode(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
     for labels, model, prompts in work_of(arguments):
-        options = {policy: options_of(arguments, policy, labels["workload"]) for policy in policies_of(arguments)}
+        options = {policy: options_of(arguments, policy, labels["workload"]) for policy in arguments.policies}
         runners = [make_runner(model, prompts, policy, each) for policy, each in options.items()]
         take_turns(runners, options[FULL.name].max_new_tokens - 1)
         for runner in runners:
@@ -321,9 +307,7 @@ def panels(lines: list[dict]) -> list[plots.Panel]:
     for group in report.grouped(lines, "workload", "batch"):
         title = f"{group[0]['workload']}, batch {group[0]['batch']}"
         for label, name, unit in (("step (ms)", "step_s_at_t", 1e-3), ("live K and V (MB)", "live_bytes_at_t", 1e6)):
-            curves = {
-                line["policy"]: [(t, y / unit) for t, y in zip(line["t"], line[name], strict=True)] for line in group
-            }
+            curves = {x["policy"]: [(t, y / unit) for t, y in zip(x["t"], x[name], strict=True)] for x in group}
             made.append(plots.Panel(title, "generated tokens", label, curves))
     return made
 
@@ -334,7 +318,7 @@ def panels(lines: list[dict]) -> list[plots.Panel]:
 def compare_eviction(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
     """A full cache of as many slots runs the same attention and does not score, select or keep books."""
     for labels, model, prompts in work_of(arguments):
-        for policy in policies_of(arguments)[1:]:
+        for policy in arguments.policies[1:]:
             options = options_of(arguments, policy, labels["workload"])
             own = make_runner(model, prompts, policy, options)
             slots = max(own.engine.cache.slots[1])
@@ -391,19 +375,19 @@ def compare_prefill(arguments: argparse.Namespace, read_speed: float) -> Iterato
 
 def run_child(arguments: argparse.Namespace, compressor: str, tokens: int) -> dict:
     """A process of its own has a peak of memory of its own."""
-    command = [sys.executable, __file__, *arguments.argv, "--child", compressor, str(tokens)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        why = (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}: out of memory?"])[-1]
-        raise ValueError(f"prefill of {tokens} tokens, {compressor}: {why}")
-    return json.loads(done.stdout)
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:
+        try:
+            return child.submit(prefill_once, arguments, compressor, tokens).result()
+        except (ValueError, RuntimeError) as error:  # BrokenProcessPool too: killed because memory ran out
+            raise ValueError(f"prefill of {tokens} tokens, {compressor}: {error}") from error
 
 
-def prefill_once(arguments: argparse.Namespace, compressor: str, tokens: str) -> dict:
+def prefill_once(arguments: argparse.Namespace, compressor: str, tokens: int) -> dict:
     """In the child: seconds of one prompt's prefill, and the most memory that the process ever held."""
+    torch.set_num_threads(arguments.threads)
     prompt = {"compress": compressor, "prompt_budget": arguments.prompt_budget, "obs_window": OBS_WINDOW}
     options = Options(policy=FULL.name, max_new_tokens=1, compile=False, **prompt)
-    device, lengths = find_device(arguments.device), [WARM_UP, int(tokens)]
+    device, lengths = find_device(arguments.device), [WARM_UP, tokens]
     model = random_model(arguments.shape, device, arguments.dtype)
     engine = Engine(model, options, [], CacheSize(1, lengths, options.max_new_tokens))
     for length in lengths:

@@ -1,8 +1,8 @@
 """benchmarks/speed.py: that it runs, what it counts, and its errors. No test asserts a time."""
 
 import json
-import subprocess
-import sys
+import os
+from functools import partial
 
 import pytest
 import torch
@@ -27,11 +27,8 @@ COLUMNS |= {
 COLUMNS |= {"speed_ratio", "bytes_ratio", "worst_point", "t", "step_s_at_t", "live_bytes_at_t"}
 
 
-SMALL = ["--shape", "mini", "--workload", "24+32", "--batch-sizes", "1", "2", "--prompt-budget", "40", "--rounds", "1"]
-
-
 def quick(*argv: str) -> list[str]:
-    return [*SMALL, "--no-compile", *argv]
+    return ["--quick", "--no-compile", *argv]
 
 
 def built(policy: str, batch: int = 2, **settings):
@@ -48,7 +45,7 @@ def test_quick_run_fills_every_column_for_every_policy_and_batch(tmp_path, capsy
     file, picture = tmp_path / "speed.json", tmp_path / "speed.png"
     assert main(quick("--json", str(file), "--plot", str(picture), "--policies", "slide", "h2o:heavy=5")) == 0
     run = json.loads(file.read_text())
-    assert run["command"].startswith("python benchmarks/speed.py --shape mini") and run["read_bandwidth"] > 0
+    assert run["command"].startswith("python benchmarks/speed.py --quick") and run["read_bandwidth"] > 0
     assert run["versions"]["torch"] == torch.__version__ and run["cpu"] and run["threads"] == 1
     lines = run["decode"]
     expected = [(batch, policy) for batch in (1, 2) for policy in ("full", "slide", "h2o:heavy=5")]
@@ -89,7 +86,7 @@ def test_eviction_is_timed_against_a_full_cache_of_as_many_slots(tmp_path, capsy
 @pytest.mark.slow
 def test_a_compiled_run(tmp_path):
     file = tmp_path / "speed.json"
-    work = [*SMALL, "--workload", "8+4", "--batch-sizes", "1", "--policies", "full", "--json", str(file)]
+    work = ["--quick", "--workload", "8+4", "--batch-sizes", "1", "--policies", "full", "--json", str(file)]
     assert main(work) == 0
     assert json.loads(file.read_text())["decode"][0]["compile_s"] > 0
 
@@ -104,7 +101,7 @@ def test_prefill_runs_every_compressor_in_a_child(tmp_path, monkeypatch):
         asked.append(compressor)
         if compressor == "h2o":
             return child(arguments, compressor, tokens)
-        return speed.prefill_once(arguments, compressor, str(tokens))
+        return speed.prefill_once(arguments, compressor, tokens)
 
     monkeypatch.setattr(speed, "run_child", one_child)
     assert main(quick("--prefill", "96", "--json", str(file))) == 0
@@ -115,13 +112,17 @@ def test_prefill_runs_every_compressor_in_a_child(tmp_path, monkeypatch):
     assert lines[0]["ratio"] == 1 and lines[0]["scores_bytes"] == 4 * 96 * 96 * 4
 
 
-def test_a_failing_child_is_one_line(monkeypatch, capsys):
-    code = "import sys; sys.exit('what went wrong')"
-    run = subprocess.run
-    monkeypatch.setattr(subprocess, "run", lambda command, **how: run([sys.executable, "-c", code], **how))
+@pytest.mark.slow
+@pytest.mark.parametrize("work, said", [(int, "invalid literal"), (os._exit, "terminated abruptly")])
+def test_a_failing_child_is_one_line(work, said, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "prefill_once", partial(fail, work))
     assert main(quick("--prefill", "96")) == 2
     *_, last = capsys.readouterr().err.splitlines()
-    assert last == "speed.py: error: prefill of 96 tokens, full: what went wrong"
+    assert last.startswith("speed.py: error: prefill of 96 tokens, full: ") and said in last
+
+
+def fail(work, *_):
+    work("x" if work is int else 1)
 
 
 @pytest.mark.parametrize(
