@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
@@ -15,7 +16,6 @@ from tqdm import tqdm
 
 from benchmarks import plots, report
 from generate import Options, Parser, check_outputs, generate, note
-from hf.checkpoint import read_json
 from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 
 # ---- flags ------------------------------------------------------------------------------------------------
@@ -55,7 +55,6 @@ def add_source_flags(parser: Parser, columns: str):
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--mini", action="store_true", help="make problems of the bundled model's kind")
     source.add_argument("--data", metavar="FILE.jsonl", help=f"rows with {columns}, as published")
-    source.add_argument("--from-json", metavar="FILE", help="show or plot what --json has saved; runs nothing")
     return source
 
 
@@ -75,9 +74,7 @@ def add_method_flags(
     group, methods: list[str], budgets: list[float], shares: list[float] | None = None, share_help: str = ALL_PROMPTS
 ) -> None:
     """budgets: default shares of the output; shares: of the prompt."""
-    group.add_argument(
-        "--methods", nargs="+", default=methods, metavar="NAME[:FIELD=VALUE,...]", help="lines of the table"
-    )
+    group.add_argument("--methods", nargs="+", default=methods, metavar="NAME[:FIELD=VALUE,...]", help="table lines")
     several = {"type": share, "nargs": "+", "metavar": "SHARE"}
     budget_help = "heavy + recent, as shares of the longest output"
     group.add_argument("--decode-budget", **several, default=budgets, help=budget_help)
@@ -106,7 +103,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     for method in given.get("methods", []):
         parse_method(method)
-    inputs = {"--data": "data", "--score-only": "score_only", "--from-json": "from_json"}
+    inputs = {"--data": "data", "--score-only": "score_only"}
     outputs = {"--json": "json", "--plot": "plot", "--predictions": "predictions"}
     check_outputs(
         {flag: given.get(name) for flag, name in outputs.items()},
@@ -308,14 +305,14 @@ def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: 
 class Predictions:
     """Finished prompts by key, in a .jsonl file that a run reads first and then appends to; None: no file."""
 
+    START = b'{"key": "'  # of every line
+
     def __init__(self, path: str | None):
         self.path = Path(path) if path else None
         self.rows: dict[str, dict] = {}
         if self.path and self.path.exists():
-            self.rows = {row["key"]: row for row in read_rows(self.path, dict) if "key" in row}
-            with open(self.path, "r+b") as file:
-                if not file.read().endswith(b"\n"):
-                    file.write(b"\n")  # a killed run left half a line: it stays, and its prompt runs again
+            cut_half_line(self.path, self.START)
+            self.rows = {row["key"]: row for row in read_rows(self.path, with_key)}
 
     def add(self, row: dict) -> None:
         self.rows[row["key"]] = row
@@ -324,15 +321,24 @@ class Predictions:
                 file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
 
+def with_key(row: dict) -> dict:
+    if not isinstance(row.get("key"), str):
+        raise ValueError("no `key`: not a prediction of this program")
+    return row
+
+
+def cut_half_line(path: Path, start: bytes) -> None:
+    """Cut off a last line that a killed run left half written. A file that begins or ends otherwise is refused."""
+    content = path.read_bytes()
+    last = content.rpartition(b"\n")[2]
+    if not all(line.startswith(start[: len(line)]) for line in (content, last)):
+        raise ValueError(f"{path} has lines that are no predictions: give another --predictions")
+    if last:
+        note(f"{path}: the last line is half written ({len(last)} bytes): that prompt runs again")
+        os.truncate(path, len(content) - len(last))
+
+
 # ---- results ----------------------------------------------------------------------------------------------
-
-
-def saved_lines(path: str, name: str = "lines") -> list[dict]:
-    """The lines of a table that --json has saved."""
-    lines = read_json(Path(path)).get(name)
-    if not isinstance(lines, list):
-        raise ValueError(f"{path} has no list in `{name}`: give a file that --json of this benchmark has written")
-    return lines
 
 
 def publish(

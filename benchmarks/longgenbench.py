@@ -37,11 +37,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    if arguments.from_json:
-        lines = common.saved_lines(arguments.from_json)
-    else:
-        predictions = read_predictions(arguments.score_only) if arguments.score_only else run(arguments)
-        lines = [line_of(rows, arguments.pairing) for rows in report.grouped(predictions, *report.LABELS)]
+    predictions = read_predictions(arguments.score_only) if arguments.score_only else run(arguments)
+    lines = [line_of(rows, arguments.pairing) for rows in report.grouped(predictions, *report.LABELS)]
     common.publish(arguments, lines, COLUMNS, panels, HIGHLIGHTED)
 
 
@@ -54,9 +51,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--score-only", metavar="FILE.jsonl", help="rows with answers and pred; runs nothing")
     problems = parser.add_argument_group("problems")
     common.add_problem_flags(problems, "prompts")
-    problems.add_argument(
-        "--min-distance", type=positive, default=1, help="mini: answers that a reference reaches back"
-    )
+    problems.add_argument("--min-distance", type=positive, default=1, help="mini: answers a reference reaches back")
     longest = "(default: mini: the longest solution + a margin; data: 4096 for up to 40 questions, else 8192)"
     problems.add_argument("--max-new-tokens", type=positive, help=longest)
     common.add_method_flags(parser.add_argument_group("methods"), METHODS, [0.25, 0.125])

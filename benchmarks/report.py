@@ -109,12 +109,7 @@ def percent(name: str) -> Callable[[dict], str]:
 
 def percent_at(name: str, i: int) -> Callable[[dict], str]:
     """A column of accuracies without a spread: entry i of a list. Entry 0 of (mean, spread) is the mean."""
-
-    def cell(line: dict) -> str:
-        value = line[name] and line[name][i]
-        return "" if value is None else f"{value:.1f}"
-
-    return cell
+    return lambda line: "" if not line[name] or line[name][i] is None else f"{line[name][i]:.1f}"
 
 
 def share_text(share: float | None) -> str:

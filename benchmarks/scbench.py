@@ -50,10 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    if arguments.from_json:
-        lines = common.saved_lines(arguments.from_json)
-    else:
-        lines = [line_of(rows) for rows in report.grouped(run(arguments), *report.LABELS)]
+    lines = [line_of(rows) for rows in report.grouped(run(arguments), *report.LABELS)]
     common.publish(arguments, lines, COLUMNS, panels, HIGHLIGHTED, LEGEND)
 
 
@@ -89,7 +86,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 # ---- tasks: what is said around a context and a query, and how an answer is scored, 0 to 1 -------------------
-
 
 NUMBER = r"-?\d+(?:\.\d+)?"
 
@@ -369,16 +365,8 @@ def predict(model, tokenizer, dialogues: list[Dialogue], missing: list[int], job
         stats = [asdict(result.stats) for result in results]
         most = {"live_peak": max(each["live_peak"] for each in stats)}
         mean = {"tokens_per_s": statistics.mean(each["tokens_per_s"] for each in stats)}
-        yield (
-            i,
-            {
-                "preds": [result.text for result in results],
-                "prefill_s": prefill_s,
-                "start_s": starts,
-                "restart": restart_of(conversation),
-                "stats": stats[0] | most | mean,
-            },
-        )
+        made = {"preds": [result.text for result in results], "prefill_s": prefill_s, "start_s": starts}
+        yield i, made | {"restart": restart_of(conversation), "stats": stats[0] | most | mean}
 
 
 def max_context(model, dialogues: list[Dialogue], options: Options) -> int:
