@@ -469,10 +469,7 @@ after it, over the median decode step."""
 
 
 def panels(lines: list[dict]) -> list[Panel]:
-    """Accuracy by query: at each decode budget with the whole context, and of all compressed contexts together.
-
-    The last panel has the time to the first token. It is much the same for all methods, so that the first one is shown.
-    """
+    """Accuracy by query: at each decode budget with the whole context, and of all compressed contexts together."""
     made = []
     for group in report.grouped(lines, "source"):
         whole = [line for line in group if line["prompt_share"] == 1]
@@ -481,11 +478,14 @@ def panels(lines: list[dict]) -> list[Panel]:
             made.append(position_panel(title, "queries", budget))
         cut = [line for line in group if line["prompt_share"] != 1]
         if cut:
-            named = [line | {"method": f"{line['method']} {share_text(line['prompt_share'])}"} for line in cut]
+            named = [line | {"method": name_of_cut(line)} for line in cut]
             made.append(position_panel("compressed context", "queries", named))
-        times = [(query, 1e3 * seconds) for query, seconds in group[0]["start_by_turn"]]
-        made.append(Panel("time to the first token", "query", "ms", {group[0]["method"]: times}))
     return made
+
+
+def name_of_cut(line: dict) -> str:
+    """full:compress=h2o at 80 % -> "h2o keeps 80%"; other methods keep their name before it."""
+    return f"{line['method'].removeprefix('full:compress=')} keeps {share_text(line['prompt_share'])}"
 
 
 if __name__ == "__main__":

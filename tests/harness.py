@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
-from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
 
 from cache import Cache, CacheSize
 from model import ModelConfig
+from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
 from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, PromptPolicy
 
 HEAD_DIM = 4

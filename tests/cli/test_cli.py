@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle import paper_budget, paper_interval, paper_selects
 
 import generate
 import kernels
 from checkpoints import make_checkpoint, write_json
 from generate import Engine, Options, load, main
 from model import Llama
+from oracle import paper_budget, paper_interval, paper_selects
 
 SCRIPT = Path(generate.__file__)
 PROMPT = "the cat and a dog sat on the mat"

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, settings_of_a_run
 from hypothesis import given, settings
-from oracle import paper_budget, paper_interval, paper_selects
 
 from cache import Cache, CacheSize
+from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, settings_of_a_run
 from model import ModelConfig
+from oracle import paper_budget, paper_interval, paper_selects
 from scope import SCORES, STRATEGIES, WHOLE_PROMPT, Policy, PromptPolicy
 
 NOT_STREAMING = [name for name in STRATEGIES if name != "streaming"]  # whose window is half of everything

@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import FROZEN, SHARED, Play, assert_same_state, settings_of_a_conversation, visible_state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generate import READ_EVERY, Conversation, Options, generate
+from harness import FROZEN, SHARED, Play, assert_same_state, settings_of_a_conversation, visible_state
 from scope import STRATEGIES
 
 every_policy = pytest.mark.parametrize("policy", STRATEGIES)

@@ -3,8 +3,8 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import paper_budget, paper_interval, paper_selects
 
+from oracle import paper_budget, paper_interval, paper_selects
 from scope import SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
 
 sizes = st.integers(0, 24)

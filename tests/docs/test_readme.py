@@ -101,7 +101,7 @@ def test_a_wrong_command_would_be_seen(tmp_path, monkeypatch):
 
 def test_the_makefile_has_the_targets():
     targets = set(re.findall(r"`make (\w+)`", README.read_text()))
-    assert targets == {"demo", "test"}
+    assert targets == {"demo", "real", "test"}
     assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets)
 
 
