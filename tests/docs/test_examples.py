@@ -21,8 +21,8 @@ def run(script: str, monkeypatch, capsys) -> list[str]:
 def test_call_it_compares_two_policies(monkeypatch, capsys):
     full, _, full_bytes, evicting, _, fewer_bytes = run("examples/call_it.py", monkeypatch, capsys)
     assert full.removeprefix("full") == evicting.removeprefix("discontinuous") == ": 438 tokens, finished by stop"
-    assert full_bytes == "  512 decode slots per KV head, 860,200 bytes of KV cache"
-    assert fewer_bytes == "  193 decode slots per KV head, 529,704 bytes of KV cache"
+    assert full_bytes == "  512 decode slots per KV head, 860,232 bytes of KV cache"
+    assert fewer_bytes == "  193 decode slots per KV head, 529,736 bytes of KV cache"
 
 
 def test_own_attention_prints_both_windows(monkeypatch, capsys):
