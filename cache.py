@@ -164,12 +164,12 @@ class LayerCache(nn.Module):
         return y
 
     def write_token(self, now: StepInput, k: Tensor, v: Tensor) -> None:
-        slot = self.next_slot(*self.own(now.plan)[:2])
+        slot = self.next_slot(*self.of_layer(now.plan)[:2])
         kernels.write_slots(self.k, slot, k)
         kernels.write_slots(self.v, slot, v)
         kernels.write_slots(self.pos, slot, now.position.int()[:, None, None].expand_as(slot))
 
-    def own(self, x: Tensor) -> Tensor:
+    def of_layer(self, x: Tensor) -> Tensor:
         """This layer's part of x [n_layers, ...]."""
         return x.index_select(0, self.number)[0]
 
@@ -185,10 +185,12 @@ class LayerCache(nn.Module):
         """Attention over the slots in use, and the probabilities that it gives them, [B, H, prompt_slots + reads]."""
         n = self.prompt_slots + now.reads
         k, v, pos = self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n]
-        if now.prompt_reads is None or now.prompt_reads[self.layer] == self.prompt_slots:
+        end = now.prompt_reads[self.layer] if now.prompt_reads else self.prompt_slots
+        gap = self.prompt_slots - end
+        if gap < READ_BUCKET:
             return kernels.attend_slots(q, k, v, pos >= 0)
-        # A conversation may have thousands of prompt slots that it has not reached yet: leave them out.
-        end, gap = now.prompt_reads[self.layer], self.prompt_slots - now.prompt_reads[self.layer]
+        # A conversation may have thousands of prompt slots that it has not reached yet. To leave them out costs a copy
+        # of the others, which pays where the gap is wide.
         k, v, pos = (torch.cat((x[:, :, :end], x[:, :, end + gap :]), 2) for x in (k, v, pos))
         y, prob = kernels.attend_slots(q, k, v, pos >= 0)
         return y, torch.cat((prob[:, :, :end], prob.new_zeros(*prob.shape[:2], gap), prob[:, :, end:]), 2)
@@ -214,11 +216,11 @@ class LayerCache(nn.Module):
         `victims` lists them for the next 3 tokens. Plan says 0: nothing dies, and `victims` stays as it was.
         """
         pos = self.evictable_pos(now)
-        window = self.policy.strategy.window(self.policy, self.own(now.kept)[:, None, None])
+        window = self.policy.strategy.window(self.policy, self.of_layer(now.kept)[:, None, None])
         evictable = (pos >= 0) & (self.age(now) > window)
         most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
         victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.first_evictable
-        count = self.own(now.plan)[2]
+        count = self.of_layer(now.plan)[2]
         dies = torch.arange(most, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
         listed = self.victims[:, :, :most]
@@ -226,7 +228,7 @@ class LayerCache(nn.Module):
 
 
 class StepAttention(NamedTuple):
-    """The attention of one layer in one step. Dynamo tells two layers' named tuples apart by their tensors alone."""
+    """The attention of one layer in one step. A `partial` would do, but then Dynamo would trace every layer anew."""
 
     layer: LayerCache
     now: StepInput
@@ -262,6 +264,8 @@ class Cache(nn.Module):
             shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
             self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, dtype))
         steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
+        in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
+        self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step
         self.graph_keys = self.find_graph_keys(steps, max(plan.n_slots for plan in schedules))
         self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
         self.register_buffer("lengths", torch.zeros(size.batch, dtype=torch.int64))  # tokens before the output
@@ -303,12 +307,9 @@ class Cache(nn.Module):
 
         The full cache reads all of them, as static caches do; a pool that grows reads what it has grown to.
         """
-        keys, used = [], 0
         bucket = READ_BUCKET if self.policy.strategy.grows else n_slots
-        for layers in steps:
-            used = max(used, *(step.fresh + 1 for step in layers if step.reuse < 0), 0)
-            keys.append((any(step.evict for step in layers), min(round_up(used, bucket), n_slots)))
-        return keys
+        reads = [min(round_up(used, bucket), n_slots) for used in self.slots_at]
+        return [(any(step.evict for step in layers), n) for layers, n in zip(steps, reads, strict=True)]
 
     @property
     def slots(self) -> tuple[list[int], list[int]]:
@@ -359,7 +360,7 @@ class Cache(nn.Module):
 
     def eager_step_input(self, t: int) -> StepInput:
         """The input of step t that reads the slots in use and no others: no graph was compiled for a number of them."""
-        return self.step_input(t, max(self.in_use(t)))._replace(prompt_reads=self.used)
+        return self.step_input(t, self.slots_at[t - 1])._replace(prompt_reads=self.used)
 
     def step_attention(self, now: StepInput, select: bool) -> list:
         """The attention of each layer in a select or an append step."""

