@@ -65,6 +65,7 @@ SHAPES = {  # vocabulary, hidden, intermediate, layers, query heads, KV heads, h
     "mini": ModelConfig(301, 128, 384, 4, 4, 2, 32, max_positions=LONGEST),
     "cpu": ModelConfig(4096, 512, 1408, 8, 8, 8, 64, max_positions=LONGEST),
     "cpu-gqa": ModelConfig(4096, 512, 1408, 8, 8, 2, 64, max_positions=LONGEST),
+    "smollm2": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, max_positions=LONGEST, tie_embeddings=True),  # 135M
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, max_positions=LONGEST, tie_embeddings=True),
     "8b": ModelConfig(128256, 4096, 14336, 32, 32, 8, 128, max_positions=LONGEST),
 }

@@ -3,15 +3,20 @@
 python benchmarks/speed.py --shape cpu --workload 1024+1024 2048+4096 --json speed.json --plot speed.png
 python benchmarks/speed.py --shape cpu --eviction                       what eviction adds to the same attention instead
 python benchmarks/speed.py --shape cpu --prefill 4096 16384             what choosing prompt tokens costs instead
+python benchmarks/speed.py --shape smollm2 --depths 4 30                how compile time grows with depth instead
+python benchmarks/speed.py --checkpoint DIR --peers transformers-static real weights, and other programs that run them
 
-The weights are random, and every policy runs in the engine that generate.py runs. The policies take turns of a few
-steps in one process, so that whatever else the machine does slows all of them alike.
+Without --checkpoint the weights are random. Every policy runs in the engine that generate.py runs. Policies and peers
+take turns of a few steps in one process, so that whatever else the machine does slows all of them alike.
 """
 
 import argparse
+import os
+import resource
 import sys
+import tempfile
 import time
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -23,12 +28,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import common, machine, plots, report
+from benchmarks import common, machine, peers, plots, report
 from benchmarks.common import parse_method, positive
 from benchmarks.machine import SHAPES, random_model, random_prompts
 from benchmarks.report import figure
 from cache import Cache, CacheSize
 from generate import Engine, Options, note, run_program
+from hf import load_checkpoint
 from hf.checkpoint import find_device, find_dtype
 from model import Llama
 from scope import COMPRESSORS, FULL, WHOLE_PROMPT, PromptPolicy, require
@@ -46,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    name = "prefill" if arguments.prefill else "eviction" if arguments.eviction else "decode"
+    name = next((name for name in ("prefill", "eviction", "depths") if getattr(arguments, name)), "decode")
     work, columns, legend = MODES[name]
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -84,6 +90,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def add_work_flags(group) -> None:
     group.add_argument("--shape", choices=SHAPES, default="cpu", help="1b, 8b: Llama-3.2-1B, Llama-3.1-8B")
+    group.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="real weights and their shape instead")
+    others = "other programs that run the same checkpoint: "
+    group.add_argument("--peers", nargs="+", choices=peers.PEERS, default=[], help=others + ", ".join(peers.PEERS))
+    group.add_argument("--gguf", metavar="FILE", help="the weights of --checkpoint for llama.cpp, in 16 bits")
     pair = {"nargs": "+", "default": ["1024+1024"], "metavar": "PROMPT+NEW"}
     group.add_argument("--workload", **pair, help="tokens of every prompt, and to generate")
     group.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], metavar="ROWS", help="prompts at a time")
@@ -93,6 +103,7 @@ def add_work_flags(group) -> None:
     eviction = "time steps against a full cache of as many slots instead"
     mode.add_argument("--eviction", action="store_true", help=eviction)
     mode.add_argument("--prefill", type=positive, nargs="+", metavar="TOKENS", help="time prompt compressors instead")
+    mode.add_argument("--depths", type=positive, nargs="+", metavar="LAYERS", help="time cold compilation instead")
     group.add_argument("--prompt-budget", type=int, default=2048, help="prefill: prompt tokens that they keep")
     group.add_argument("--rounds", type=positive, default=3, help="prefill: runs of each compressor")
     group.add_argument("--quick", action="store_true", help="small defaults: does it run at all?")
@@ -116,8 +127,13 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for tokens in arguments.prefill or []:
         wanted = f"more than --prompt-budget {arguments.prompt_budget}: else there is nothing to choose"
         require(tokens > arguments.prompt_budget, "--prefill", tokens, wanted)
-    if arguments.plot and (arguments.eviction or arguments.prefill):
-        raise ValueError("--plot draws decode steps: it goes neither with --eviction nor with --prefill")
+    if arguments.plot and (arguments.eviction or arguments.prefill or arguments.depths):
+        raise ValueError("--plot draws decode steps: it does not go with --eviction, --prefill or --depths")
+    if arguments.checkpoint and (arguments.prefill or arguments.depths):
+        raise ValueError("--checkpoint goes neither with --prefill nor with --depths: name a --shape")
+    if arguments.depths and not arguments.compile:
+        raise ValueError("--depths times the compiler: leave out --no-compile")
+    peers.check_peers(arguments.peers, arguments.checkpoint, arguments.gguf, arguments.batch_sizes)
     if arguments.eviction and len(arguments.policies) == 1:
         raise ValueError("--eviction compares policies with full: name another one with --policies")
     common.check_flags(arguments)
@@ -130,6 +146,15 @@ def options_of(arguments: argparse.Namespace, policy: str, workload: str) -> Opt
     return Options(**shared | parse_method(policy), ignore_eos=True)
 
 
+def in_child(what: str, work: Callable, *given):
+    """work(*given), run in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as child:
+        try:
+            return child.submit(work, *given).result()
+        except (ValueError, RuntimeError) as error:  # BrokenProcessPool too: killed because memory ran out
+            raise ValueError(f"{what}: {error}") from error
+
+
 # ---- runners: policies that take turns ----------------------------------------------------------------------
 
 
@@ -138,10 +163,11 @@ Group = tuple[int, bool, int]  # window of the run, whether it selects, decode s
 
 @dataclass
 class Runner:
-    """One policy of a race, and the seconds of each of its steps."""
+    """One policy or peer of a race, and the seconds of each of its steps."""
 
     name: str
-    engine: Engine
+    engine: Engine  # or a peer, which decodes like one
+    counted: Engine  # whose slots and bytes count: its own, of a peer those of the full cache
     seconds: list[float] = field(default_factory=list)
 
     def step(self, t: int) -> None:
@@ -153,7 +179,7 @@ class Runner:
     def groups(self) -> list[Group]:
         """Of each step, the window of the run that it lies in, and the graph that it runs."""
         steps = len(self.seconds)
-        return [(i * WINDOWS // steps, *self.engine.cache.graph_keys[i]) for i in range(steps)]
+        return [(i * WINDOWS // steps, *self.counted.cache.graph_keys[i]) for i in range(steps)]
 
 
 def make_runner(model: Llama, prompts: list[list[int]], name: str, options: Options) -> Runner:
@@ -161,7 +187,17 @@ def make_runner(model: Llama, prompts: list[list[int]], name: str, options: Opti
     engine = Engine(model, options, [], CacheSize(len(prompts), [len(prompts[0])], options.max_new_tokens))
     for _ in range(2):
         engine.prefill(prompts, list(range(len(prompts))))
-    return Runner(name, engine)
+    return Runner(name, engine, engine)
+
+
+def make_peers(arguments: argparse.Namespace, model: Llama, prompts: list[list[int]], full: Engine) -> list[Runner]:
+    dtype, device = find_dtype(arguments.dtype, {}), model.embed.weight.device
+    rest = prompts, full.options.max_new_tokens, dtype, device, arguments.gguf
+    made = []
+    for name in arguments.peers:
+        note(f"{name} ...")
+        made.append(Runner(name, peers.make_peer(name, arguments.checkpoint, *rest), full))
+    return made
 
 
 def take_turns(runners: list[Runner], steps: int) -> None:
@@ -179,12 +215,18 @@ def take_turns(runners: list[Runner], steps: int) -> None:
 
 def work_of(arguments: argparse.Namespace) -> Iterator[tuple[dict, Llama, list[list[int]]]]:
     """For each workload and batch size: the labels of its lines, the model and the prompts. Nothing is left behind."""
-    model = random_model(arguments.shape, find_device(arguments.device), arguments.dtype)
+    model = model_of(arguments)
     for workload, batch in product(arguments.workload, arguments.batch_sizes):
         note(f"{workload}, batch {batch}")
-        labels = {"shape": arguments.shape, "workload": workload, "batch": batch}
+        labels = {"shape": arguments.checkpoint or arguments.shape, "workload": workload, "batch": batch}
         yield labels, model, random_prompts(model.config, batch, sizes_of(workload)[0])
         machine.release(model.embed.weight.device)
+
+
+def model_of(arguments: argparse.Namespace) -> Llama:
+    if arguments.checkpoint:
+        return load_checkpoint(arguments.checkpoint, arguments.device, arguments.dtype)[0]
+    return random_model(arguments.shape, find_device(arguments.device), arguments.dtype)
 
 
 # ---- decoding: every policy against the full cache ------------------------------------------------------------
@@ -194,6 +236,7 @@ def compare_decode(arguments: argparse.Namespace, read_speed: float) -> Iterator
     for labels, model, prompts in work_of(arguments):
         options = {policy: options_of(arguments, policy, labels["workload"]) for policy in arguments.policies}
         runners = [make_runner(model, prompts, policy, each) for policy, each in options.items()]
+        runners += make_peers(arguments, model, prompts, runners[0].engine)
         take_turns(runners, options[FULL.name].max_new_tokens - 1)
         for runner in runners:
             yield labels | line_of(runner, runners[0], read_speed)
@@ -206,7 +249,7 @@ def line_of(runner: Runner, full: Runner, read_speed: float) -> dict:
     worst_point: the longest step over full's, of the windows. read_bytes: what a step must read, the mean of the run;
     swept_bytes: the same with dead slots. A ratio compares two steps that ran close together.
     """
-    engine, groups = runner.engine, runner.groups()
+    engine, groups = runner.counted, runner.groups()
     own = steadied(runner.seconds, groups)
     over_full = steadied([a / b for a, b in zip(runner.seconds, full.seconds, strict=True)], groups)
     kinds = gathered(own, [selects for _, selects, _ in groups])
@@ -218,7 +261,7 @@ def line_of(runner: Runner, full: Runner, read_speed: float) -> dict:
         "step_s": mean(own),
         "append_s": mean(kinds[False]) if False in kinds else None,
         "select_s": mean(kinds[True]) if True in kinds else None,
-        "compile_s": engine.compile_s,
+        "compile_s": runner.engine.compile_s,
         "floor_s": read / read_speed,
         "step_over_floor": mean(own) * read_speed / read,
         "speed_ratio": 1 / mean(over_full),
@@ -298,7 +341,8 @@ DECODE_COLUMNS = WORK_COLUMNS | {
 DECODE_LEGEND = """
 x full: tokens/s over the full static cache's; x bytes: what the bytes of weights and slots that a step runs over make
 of it. worst: the longest step time over full's, of 16 windows of the run. append, select: ms of the two kinds of step.
-floor: ms to read the weights and the live K and V ("read") once at the speed of this machine. KV: allocated."""
+floor: ms to read the weights and the live K and V ("read") once at the speed of this machine. KV: allocated. Of peers,
+bytes and kinds of step are those of the full cache."""
 
 
 def panels(lines: list[dict]) -> list[plots.Panel]:
@@ -375,11 +419,7 @@ def compare_prefill(arguments: argparse.Namespace, read_speed: float) -> Iterato
 
 def run_child(arguments: argparse.Namespace, compressor: str, tokens: int) -> dict:
     """A process of its own has a peak of memory of its own."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as child:
-        try:
-            return child.submit(prefill_once, arguments, compressor, tokens).result()
-        except (ValueError, RuntimeError) as error:  # BrokenProcessPool too: killed because memory ran out
-            raise ValueError(f"prefill of {tokens} tokens, {compressor}: {error}") from error
+    return in_child(f"prefill of {tokens} tokens, {compressor}", prefill_once, arguments, compressor, tokens)
 
 
 def prefill_once(arguments: argparse.Namespace, compressor: str, tokens: int) -> dict:
@@ -421,10 +461,59 @@ PREFILL_LEGEND = """
 peak: of the whole process. S x S: what one layer's scores would take if they were stored at once, in MB."""
 
 
+# ---- compile time: how it grows with depth ------------------------------------------------------------------------
+
+
+def compare_depths(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
+    """All graphs of one policy, compiled in a child with an empty cache of compiled code, for each number of layers."""
+    first = None
+    for layers in arguments.depths:
+        note(f"{arguments.shape} with {layers} layers ...")
+        with tempfile.TemporaryDirectory() as empty:
+            line = in_child(f"compiling {layers} layers", compile_once, arguments, layers, empty)
+        first = first or line
+        ratios = {f"{name}_ratio": line[f"{name}_s"] / first[f"{name}_s"] for name in ("compile", "cpu")}
+        yield {"shape": arguments.shape, "policy": arguments.policies[-1], "layers": layers} | line | ratios
+
+
+def compile_once(arguments: argparse.Namespace, layers: int, compiled_code: str) -> dict:
+    """In the child. cpu_s counts the C++ compiler's seconds too; a busy machine changes them least."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = compiled_code
+    torch.set_num_threads(arguments.threads)
+    SHAPES[arguments.shape] = replace(SHAPES[arguments.shape], n_layers=layers)
+    model = random_model(arguments.shape, find_device(arguments.device), arguments.dtype)
+    workload = arguments.workload[0]
+    options = options_of(arguments, arguments.policies[-1], workload)
+    prompt, new = sizes_of(workload)
+    before = cpu_seconds()
+    engine = Engine(model, options, [], CacheSize(arguments.batch_sizes[0], [prompt], new))
+    graphs = len(set(engine.cache.graph_keys))
+    return {"graphs": graphs, "compile_s": engine.compile_s, "cpu_s": cpu_seconds() - before}
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+DEPTH_COLUMNS = {
+    "policy": lambda line: line["policy"],
+    "layers": figure("layers", ".0f"),
+    "graphs": figure("graphs", ".0f"),
+    "compile s": figure("compile_s", ".1f"),
+    "ratio": figure("compile_ratio", ".2f"),
+    "CPU s": figure("cpu_s", ".1f"),
+    "CPU ratio": figure("cpu_ratio", ".2f"),
+}
+DEPTH_LEGEND = """
+Cold, of the last policy and the first workload. ratio: to the first line. CPU s: of torch and of the C++ compiler."""
+
+
 MODES = {
     "decode": (compare_decode, DECODE_COLUMNS, DECODE_LEGEND),
     "eviction": (compare_eviction, EVICTION_COLUMNS, EVICTION_LEGEND),
     "prefill": (compare_prefill, PREFILL_COLUMNS, PREFILL_LEGEND),
+    "depths": (compare_depths, DEPTH_COLUMNS, DEPTH_LEGEND),
 }
 
 

@@ -9,8 +9,10 @@ import torch
 
 from benchmarks import machine, speed
 from benchmarks.machine import SHAPES, random_model, random_prompts
+from benchmarks.peers import make_peer
 from benchmarks.speed import by_window, main, steadied
 from generate import Options
+from hf import load_checkpoint
 from model import Llama
 from scope import COMPRESSORS, STRATEGIES
 
@@ -121,6 +123,46 @@ def test_a_failing_child_is_one_line(work, said, monkeypatch, capsys):
     assert last.startswith("speed.py: error: prefill of 96 tokens, full: ") and said in last
 
 
+@pytest.mark.slow
+def test_compile_time_is_that_of_a_cold_child_for_each_depth(tmp_path, capsys):
+    file = tmp_path / "depths.json"
+    assert (
+        main(["--quick", "--batch-sizes", "1", "--depths", "1", "2", "--policies", "slide", "--json", str(file)]) == 0
+    )
+    one, two = json.loads(file.read_text())["depths"]
+    assert (one["layers"], two["layers"]) == (1, 2) and one["graphs"] == two["graphs"] == 2
+    assert one["compile_ratio"] == 1 and two["compile_ratio"] == two["compile_s"] / one["compile_s"]
+    assert min(one["compile_s"], one["cpu_s"]) > 1, "not cold"
+    assert "CPU ratio" in capsys.readouterr().out.splitlines()[0]
+
+
+MINI = ["--checkpoint", "checkpoints/mini", "--workload", "24+12", "--batch-sizes", "1", "--policies", "slide"]
+
+
+def test_a_checkpoint_runs_beside_a_peer_that_is_counted_like_the_full_cache(tmp_path):
+    pytest.importorskip("transformers")
+    file = tmp_path / "speed.json"
+    assert main(quick(*MINI, "--peers", "transformers-dynamic", "--json", str(file))) == 0
+    full, slide, peer = json.loads(file.read_text())["decode"]
+    assert [each["shape"] for each in (full, slide, peer)] == ["checkpoints/mini"] * 3
+    assert peer["policy"] == "transformers-dynamic" and peer["compile_s"] == 0
+    assert peer["floor_s"] == full["floor_s"] and peer["step_s"] != full["step_s"] and peer.keys() == full.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["transformers-static", "transformers-dynamic"])
+def test_a_peer_says_what_the_full_cache_says(peer):
+    pytest.importorskip("transformers")
+    model, prompts = load_checkpoint("checkpoints/mini", "cpu", "float32")[0], [[1, 5, 9, 33, 20, 7]]
+    options = Options(policy="full", max_new_tokens=12, compile=False, ignore_eos=True)
+    ours = speed.make_runner(model, prompts, "full", options).engine
+    theirs = make_peer(peer, "checkpoints/mini", prompts, 12, torch.float32, CPU, None)
+    for t in range(1, 12):
+        assert theirs.token.flatten().tolist() == ours.token.tolist()
+        ours.decode(t)
+        theirs.decode(t)
+
+
 def fail(work, *_):
     work("x" if work is int else 1)
 
@@ -142,6 +184,11 @@ def fail(work, *_):
         (["--prefill", "40"], "--prefill is 40: it must be more than --prompt-budget 40"),
         (["--prefill", "96", "--prompt-budget", "16"], "obs_window is 32"),
         (["--prefill", "96", "--plot", "a.png"], "--plot draws decode steps"),
+        (["--depths", "2", "--plot", "a.png"], "--plot draws decode steps"),
+        (["--depths", "2"], "--depths times the compiler"),
+        (["--checkpoint", "checkpoints/mini", "--prefill", "96"], "--checkpoint goes neither"),
+        (["--peers", "llama.cpp"], "--peers llama.cpp: they read a checkpoint, so give --checkpoint too"),
+        (["--peers", "vllm"], "invalid choice: 'vllm'"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json"),
         (["--plot", "a.txt"], "--plot is a.txt"),
     ],
@@ -183,7 +230,7 @@ def test_swept_bytes_hold_the_live_ones_and_are_no_more_than_what_is_allocated(p
 
 def test_steps_of_every_policy_are_all_run_in_order_and_in_turns(monkeypatch):
     ran = []
-    runners = [speed.Runner(name, None) for name in "abc"]
+    runners = [speed.Runner(name, None, None) for name in "abc"]
     monkeypatch.setattr(speed.Runner, "step", lambda self, t: ran.append((self.name, t)))
     speed.take_turns(runners, 20)
     assert {name: [t for n, t in ran if n == name] for name in "abc"} == dict.fromkeys("abc", list(range(1, 21)))
