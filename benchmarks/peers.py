@@ -25,7 +25,6 @@ class Race:
     new: int
     dtype: torch.dtype
     device: torch.device
-    gguf: str | None  # the same weights as llama.cpp reads them
 
 
 class Transformers:
@@ -70,46 +69,20 @@ class Transformers:
             torch.cuda.synchronize(self.device)
 
 
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python, one prompt, with as many threads as torch has."""
-
-    compile_s = 0.0
-
-    def __init__(self, race: Race):
-        from llama_cpp import Llama
-
-        (prompt,), threads = race.prompts, torch.get_num_threads()
-        size = {"n_ctx": len(prompt) + race.new, "n_threads": threads, "n_threads_batch": threads}
-        self.model = Llama(race.gguf, verbose=False, **size)
-        self.model.eval(prompt)
-
-    def decode(self, t: int) -> None:
-        self.model.eval([self.model.sample(temp=0.0)])
-
-    def wait(self) -> None:
-        pass  # eval returns when the logits are there
-
-
 PEERS: dict[str, tuple[str, Callable]] = {  # name -> the package it needs, how it is made
     "transformers-static": ("transformers", lambda race: Transformers(race, static=True)),
     "transformers-dynamic": ("transformers", lambda race: Transformers(race, static=False)),
-    "llama.cpp": ("llama_cpp", LlamaCpp),
 }
-INSTALL = {"transformers": "transformers", "llama_cpp": "llama-cpp-python"}
 
 
-def check_peers(names: list[str], checkpoint: str | None, gguf: str | None, batch_sizes: list[int]) -> None:
+def check_peers(names: list[str], checkpoint: str | None) -> None:
     """Refuse, in one line, what a peer lacks."""
     if names and not checkpoint:
         raise ValueError(f"--peers {' '.join(names)}: they read a checkpoint, so give --checkpoint too")
     for package in (PEERS[name][0] for name in names):
         if not find_spec(package):
-            raise ValueError(f"--peers: {package} is not installed: pip install {INSTALL[package]}")
-    if "llama.cpp" in names and not (gguf and Path(gguf).is_file()):
-        raise ValueError(f"--gguf is {gguf}: llama.cpp needs the same weights as a GGUF file (docs/results.md)")
-    if "llama.cpp" in names and batch_sizes != [1]:
-        raise ValueError(f"--batch-sizes is {batch_sizes}: with llama.cpp it must be 1")
+            raise ValueError(f"--peers: {package} is not installed: pip install {package}")
 
 
-def make_peer(name: str, checkpoint: str, prompts: list[list[int]], new: int, dtype, device, gguf: str | None):
-    return PEERS[name][1](Race(find_checkpoint(checkpoint), prompts, new, dtype, device, gguf))
+def make_peer(name: str, checkpoint: str, prompts: list[list[int]], new: int, dtype, device):
+    return PEERS[name][1](Race(find_checkpoint(checkpoint), prompts, new, dtype, device))

@@ -93,7 +93,6 @@ def add_work_flags(group) -> None:
     group.add_argument("--checkpoint", metavar="DIR_OR_HUB_ID", help="real weights and their shape instead")
     others = "other programs that run the same checkpoint: "
     group.add_argument("--peers", nargs="+", choices=peers.PEERS, default=[], help=others + ", ".join(peers.PEERS))
-    group.add_argument("--gguf", metavar="FILE", help="the weights of --checkpoint for llama.cpp, in 16 bits")
     pair = {"nargs": "+", "default": ["1024+1024"], "metavar": "PROMPT+NEW"}
     group.add_argument("--workload", **pair, help="tokens of every prompt, and to generate")
     group.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], metavar="ROWS", help="prompts at a time")
@@ -133,7 +132,7 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError("--checkpoint goes neither with --prefill nor with --depths: name a --shape")
     if arguments.depths and not arguments.compile:
         raise ValueError("--depths times the compiler: leave out --no-compile")
-    peers.check_peers(arguments.peers, arguments.checkpoint, arguments.gguf, arguments.batch_sizes)
+    peers.check_peers(arguments.peers, arguments.checkpoint)
     if arguments.eviction and len(arguments.policies) == 1:
         raise ValueError("--eviction compares policies with full: name another one with --policies")
     common.check_flags(arguments)
@@ -190,13 +189,13 @@ def make_runner(model: Llama, prompts: list[list[int]], name: str, options: Opti
     return Runner(name, engine, engine)
 
 
-def make_peers(arguments: argparse.Namespace, model: Llama, prompts: list[list[int]], full: Engine) -> list[Runner]:
-    dtype, device = find_dtype(arguments.dtype, {}), model.embed.weight.device
-    rest = prompts, full.options.max_new_tokens, dtype, device, arguments.gguf
-    made = []
+def make_peers(arguments: argparse.Namespace, model: Llama, prompts: list[list[int]], new: int) -> dict:
+    """Made before the engines: to import transformers changes what torch's guards look at, and graphs compile anew."""
+    where = find_dtype(arguments.dtype, {}), model.embed.weight.device
+    made = {}
     for name in arguments.peers:
         note(f"{name} ...")
-        made.append(Runner(name, peers.make_peer(name, arguments.checkpoint, *rest), full))
+        made[name] = peers.make_peer(name, arguments.checkpoint, prompts, new, *where)
     return made
 
 
@@ -235,12 +234,13 @@ def model_of(arguments: argparse.Namespace) -> Llama:
 def compare_decode(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
     for labels, model, prompts in work_of(arguments):
         options = {policy: options_of(arguments, policy, labels["workload"]) for policy in arguments.policies}
+        rivals = make_peers(arguments, model, prompts, options[FULL.name].max_new_tokens)
         runners = [make_runner(model, prompts, policy, each) for policy, each in options.items()]
-        runners += make_peers(arguments, model, prompts, runners[0].engine)
+        runners += [Runner(name, peer, runners[0].counted) for name, peer in rivals.items()]
         take_turns(runners, options[FULL.name].max_new_tokens - 1)
         for runner in runners:
             yield labels | line_of(runner, runners[0], read_speed)
-        del runner, runners
+        del runner, runners, rivals
 
 
 def line_of(runner: Runner, full: Runner, read_speed: float) -> dict:

@@ -156,7 +156,7 @@ def test_a_peer_says_what_the_full_cache_says(peer):
     model, prompts = load_checkpoint("checkpoints/mini", "cpu", "float32")[0], [[1, 5, 9, 33, 20, 7]]
     options = Options(policy="full", max_new_tokens=12, compile=False, ignore_eos=True)
     ours = speed.make_runner(model, prompts, "full", options).engine
-    theirs = make_peer(peer, "checkpoints/mini", prompts, 12, torch.float32, CPU, None)
+    theirs = make_peer(peer, "checkpoints/mini", prompts, 12, torch.float32, CPU)
     for t in range(1, 12):
         assert theirs.token.flatten().tolist() == ours.token.tolist()
         ours.decode(t)
@@ -187,7 +187,10 @@ def fail(work, *_):
         (["--depths", "2", "--plot", "a.png"], "--plot draws decode steps"),
         (["--depths", "2"], "--depths times the compiler"),
         (["--checkpoint", "checkpoints/mini", "--prefill", "96"], "--checkpoint goes neither"),
-        (["--peers", "llama.cpp"], "--peers llama.cpp: they read a checkpoint, so give --checkpoint too"),
+        (
+            ["--peers", "transformers-static"],
+            "--peers transformers-static: they read a checkpoint, so give --checkpoint too",
+        ),
         (["--peers", "vllm"], "invalid choice: 'vllm'"),
         (["--json", "nowhere/a.json"], "--json nowhere/a.json"),
         (["--plot", "a.txt"], "--plot is a.txt"),
