@@ -1,6 +1,7 @@
 """Find a checkpoint, read its config.json and its weights. Whatever is wrong with it is a ValueError of one line."""
 
 import json
+import logging
 import math
 import re
 from functools import partial
@@ -47,31 +48,73 @@ def find_device(name: str) -> torch.device:
 def find_dtype(name: str, raw_config: dict) -> torch.dtype:
     """The torch dtype of this name; "auto" is the one that the config names, or float32."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    field = "dtype"
     if name == "auto":
-        name = raw_config.get("dtype") or raw_config.get("torch_dtype") or "float32"  # transformers 5, transformers 4
-    require(isinstance(name, str) and name in known, "dtype", repr(name), "one of " + ", ".join(known))
+        named = [key for key in ("dtype", "torch_dtype") if raw_config.get(key) is not None]  # transformers 5, then 4
+        field, name = (f"config.json: {named[0]}", raw_config[named[0]]) if named else (field, "float32")
+    require(isinstance(name, str) and name in known, field, repr(name)[:80], "one of " + ", ".join(known))
     return known[name]
 
 
-# ---- JSON -------------------------------------------------------------------------------------------------
+# ---- files and JSON ---------------------------------------------------------------------------------------
+
+MOST_JSON = 2**25  # bytes; the largest index of shards that we know has 9 MB
+MOST_TOKENIZER = 2**28  # bytes; 35 MB
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """At most so many bytes of a regular file: a pipe would wait for ever, and a device may have no end."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: a checkpoint in Hugging Face format has it") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most >> 20} MiB: it is no such file, download it again")
+    return content
+
+
+def read_text(path: Path, most: int = MOST_JSON) -> str:
+    content = read_file(path, most)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read: it is no UTF-8 text (byte {error.start})") from None
 
 
 def read_json(path: Path) -> dict:
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: a checkpoint in Hugging Face format has it") from None
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: broken JSON: {error.msg}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {one_line(error)}") from None
+    except (ValueError, RecursionError, MemoryError) as error:  # a number of 5,000 digits, 100,000 open brackets
+        raise ValueError(f"{path} cannot be read as JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}:1: a JSON object is expected, not {type(value).__name__}")
     return value
 
 
+def is_object(value) -> bool:
+    return isinstance(value, dict)
+
+
 def read_optional_json(path: Path) -> dict:
     return read_json(path) if path.exists() else {}
+
+
+TINY, HUGE = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+
+
+def shown(value) -> str:
+    try:
+        return json.dumps(value)[:200]
+    except RecursionError:  # it was parsed with a few frames more to spare
+        return f"a deeply nested {type(value).__name__}"
 
 
 class Fields:
@@ -84,17 +127,20 @@ class Fields:
     def take(self, name: str, default, holds, wanted: str):
         value = default if self.values.get(name) is None else self.values[name]
         if not holds(value):
-            raise ValueError(f"{self.path}: {name} is {json.dumps(value)[:80]}: {wanted} is needed")
+            raise ValueError(f"{self.path}: {name} is {shown(value)}: {wanted} is needed")
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
-        return self.take(name, default, lambda x: type(x) is int and x > 0, "a whole number above 0")
+        return self.take(
+            name, default, lambda x: type(x) is int and 0 < x < 2**31, "a whole number from 1 to 2**31 - 1"
+        )
 
     def number(self, name: str, default: float | None = None) -> float:
-        return self.take(name, default, lambda x: type(x) in (int, float) and 0 < x < math.inf, "a number above 0")
+        holds, wanted = lambda x: type(x) in (int, float) and TINY <= x <= HUGE, "a number above 0 that fits in float32"
+        return self.take(name, default, holds, wanted)
 
-    def flag(self, name: str) -> bool:
-        return self.take(name, False, lambda x: type(x) is bool, "true or false")
+    def flag(self, name: str, default: bool = False) -> bool:
+        return self.take(name, default, lambda x: type(x) is bool, "true or false")
 
     def only(self, name: str, default, *known) -> None:
         wanted = " or ".join(map(json.dumps, known)) + " (nothing else is supported)"
@@ -139,8 +185,8 @@ def parse_config(raw: dict, path: Path) -> ModelConfig:
 
 def parse_rope(config: Fields) -> Fields:
     """The RoPE settings (rope_parameters in transformers 5, rope_scaling in 4), with the numbers of their type."""
-    name = "rope_parameters" if config.values.get("rope_parameters") else "rope_scaling"
-    rope = Fields(config.take(name, {}, lambda x: isinstance(x, dict), "an object"), config.path)
+    old, new = (config.take(name, {}, is_object, "an object") for name in ("rope_scaling", "rope_parameters"))
+    rope = Fields(new or old, config.path)
     kind = rope.take("type", "default", lambda x: isinstance(x, str), "a word")
     rope.values = {"rope_type": kind} | rope.values
     wanted = " or ".join(ROPE_SCALINGS) + " (no other is implemented)"
@@ -178,6 +224,8 @@ ROPE_SCALINGS = {
 
 # ---- weights: our parameter names, and the tensors of Hugging Face that are stacked into each ---------------
 
+log = logging.getLogger("scope")
+
 HF_NAMES = {
     "embed": ["model.embed_tokens"],
     "norm": ["model.norm"],
@@ -209,15 +257,20 @@ def hf_pieces(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[s
 
 
 def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Llama:
+    stored = open_weights(folder)
+    check_weights(stored, folder, config)  # first: a model larger than its file could fill the memory
     with torch.device("meta"):  # shapes only: no memory is taken twice
         model = Llama(config)
-    stored = open_weights(folder)
-    pieces = {name: hf_pieces(name, tensor.shape, config) for name, tensor in model.state_dict().items()}
-    check_names(stored, [piece for parts in pieces.values() for piece, _ in parts], folder, config)
-    weights = {}
-    for name, parts in pieces.items():
-        tensors = [read_weight(stored[piece], piece, shape, dtype) for piece, shape in parts]
+    if not (model.inv_freq * config.max_positions).isfinite().all():
+        raise ValueError(f"{folder / 'config.json'}: rope_theta and its scaling overflow float32: correct them")
+    weights, bad = {}, []
+    for name, tensor in model.state_dict().items():
+        pieces = [piece for piece, _ in hf_pieces(name, tensor.shape, config)]
+        tensors = [stored[piece].get_tensor(piece).to(dtype) for piece in pieces]
+        bad += [piece for piece, tensor in zip(pieces, tensors, strict=True) if not is_finite(tensor)]
         weights[name] = torch.cat(tensors).to(device) if len(tensors) > 1 else tensors[0].to(device)
+    if bad:
+        log.warning("warning: checkpoint %s: tensor %s holds NaN or infinity: its text will be noise", folder, bad[0])
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
@@ -247,27 +300,67 @@ def open_weights(folder: Path) -> dict:
         raise ValueError(f"checkpoint {folder} has {why}")
     stored = {}
     for file in files:
-        try:
-            handle = safe_open(file, framework="pt")
-        except FileNotFoundError:
-            raise ValueError(f"{file} is missing: the checkpoint is incomplete, download it again") from None
-        except (SafetensorError, OSError) as error:
-            why = f"{one_line(error)}; download it again (a Git LFS pointer: git lfs pull)"
-            raise ValueError(f"{file} is truncated or no safetensors file: {why}") from None
+        handle = open_shard(file)
+        twice = stored.keys() & handle.keys()
+        if twice:
+            raise ValueError(f"{file}: tensor {min(twice)} is in another file as well: keep one of them")
         stored.update(dict.fromkeys(handle.keys(), handle))
     return stored
+
+
+def open_shard(file: Path):
+    try:
+        if file.exists() and not file.is_file():
+            raise OSError("it is no regular file")
+        return safe_open(file, framework="pt")
+    except FileNotFoundError:
+        raise ValueError(f"{file} is missing: the checkpoint is incomplete, download it again") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        why = f"{one_line(error)}; download it again (a Git LFS pointer: git lfs pull)"
+        raise ValueError(f"{file} is truncated or no safetensors file: {why}") from None
 
 
 def read_weight_map(index: Path) -> set[str]:
     """The file names in the index of a sharded checkpoint. Names that lead out of its directory are refused."""
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where:
-        given = json.dumps(where)[:80]
-        raise ValueError(f"{index}: weight_map is {given}: an object of tensor and file names is needed")
+        raise ValueError(f"{index}: weight_map is {shown(where)}: an object of tensor and file names is needed")
     for file in where.values():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ValueError(f"{index}: weight_map names {json.dumps(file)}: a file beside the index is needed")
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            wanted = "a .safetensors file beside the index is needed"
+            raise ValueError(f"{index}: weight_map names {shown(file)}: {wanted}")
     return set(where.values())
+
+
+def check_weights(stored: dict, folder: Path, config: ModelConfig) -> None:
+    """Compare the names, shapes and dtypes in the files with what the config implies. Nothing of its size is built."""
+    if config.n_layers > len(stored):
+        have = f"the checkpoint holds {len(stored)} tensors, too few for so many layers"
+        raise ValueError(f"{folder / 'config.json'}: num_hidden_layers is {config.n_layers}: {have}")
+    expected = hf_shapes(config)
+    check_names(stored, list(expected), folder, config)
+    for name, wanted in expected.items():
+        tensor = stored[name].get_slice(name)
+        shape, dtype = tuple(tensor.get_shape()), tensor.get_dtype()
+        if shape != wanted:
+            raise ValueError(f"{folder}: tensor {name} is {list(shape)}, but config.json makes it {list(wanted)}")
+        if dtype not in ("F64", "F32", "BF16", "F16"):
+            raise ValueError(f"{folder}: tensor {name} holds {dtype}: quantised weights are not supported")
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple]:
+    """The shapes of all tensors under Hugging Face's names, from the numbers of the config alone."""
+    hidden, middle, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    attention = {"q_proj": (q, hidden), "k_proj": (kv, hidden), "v_proj": (kv, hidden), "o_proj": (hidden, q)}
+    mlp = {"gate_proj": (middle, hidden), "up_proj": (middle, hidden), "down_proj": (hidden, middle)}
+    layer = {f"{norm}.weight": (hidden,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    for name, parts, bias in (("self_attn", attention, config.attention_bias), ("mlp", mlp, config.mlp_bias)):
+        layer |= {f"{name}.{part}.weight": shape for part, shape in parts.items()}
+        layer |= {f"{name}.{part}.bias": shape[:1] for part, shape in parts.items() if bias}
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(config.n_layers) for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    return shapes if config.tie_embeddings else shapes | {"lm_head.weight": (vocab, hidden)}
 
 
 def check_names(stored: dict, expected: list[str], folder: Path, config: ModelConfig) -> None:
@@ -281,11 +374,5 @@ def check_names(stored: dict, expected: list[str], folder: Path, config: ModelCo
             raise ValueError(f"checkpoint {folder} {verdict} tensor {names[0]}{more}")
 
 
-def read_weight(handle, name: str, shape: tuple, dtype: torch.dtype) -> Tensor:
-    stored = tuple(handle.get_slice(name).get_shape())
-    if stored != shape:
-        raise ValueError(f"tensor {name} is {list(stored)}, but config.json makes it {list(shape)}")
-    tensor = handle.get_tensor(name)
-    if tensor.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"tensor {name} holds {tensor.dtype}: quantised weights are not supported")
-    return tensor.to(dtype)
+def is_finite(tensor: Tensor) -> bool:
+    return all(math.isfinite(end) for end in tensor.aminmax())  # NaN is both ends: one fast pass, no memory

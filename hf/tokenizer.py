@@ -1,13 +1,11 @@
 """Text to token ids and back, through sentencepiece or the tokenizers library, and chat templates."""
 
-import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
-from functools import partial
 from pathlib import Path
 
-from hf.checkpoint import read_optional_json
+from hf.checkpoint import MOST_TOKENIZER, Fields, is_object, read_file, read_optional_json, read_text
 from scope import one_line
 
 # ---- backends ---------------------------------------------------------------------------------------------
@@ -16,16 +14,17 @@ from scope import one_line
 class SentencePiece:
     """tokenizer.model. Special tokens in a text become single ids, as in transformers."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, added: dict[str, int], add_bos: bool):
         from sentencepiece import SentencePieceProcessor
 
-        self.processor = SentencePieceProcessor(model_file=str(path))
+        self.path = path
+        self.processor = SentencePieceProcessor()
+        self.processor.LoadFromSerializedProto(read_file(path, MOST_TOKENIZER))  # model_proto= would take nothing
         pieces = range(self.processor.vocab_size())
         self.special = {self.processor.id_to_piece(i): i for i in pieces if self.processor.is_control(i)}
-        added = settings.get("added_tokens_decoder", {})
-        self.special |= {token["content"]: int(i) for i, token in added.items()}
+        self.special |= added
         self.eos_id = self.processor.eos_id()
-        self.bos = [self.processor.bos_id()] if settings.get("add_bos_token", True) else []
+        self.bos = [self.processor.bos_id()] if add_bos else []
         self.vocab_size = max([len(pieces), *(i + 1 for i in self.special.values())])
 
     def encode(self, text: str, bos: bool) -> list[int]:
@@ -46,13 +45,14 @@ class SentencePiece:
 class FastTokenizer:
     """tokenizer.json, read by the tokenizers library. Llama 3 has no other file."""
 
-    def __init__(self, path: Path, settings: dict):
+    def __init__(self, path: Path, added: dict[str, int], add_bos: bool):  # the file itself says both
         from tokenizers import Tokenizer as Backend
 
-        self.backend = Backend.from_file(str(path))
+        self.path = path
+        self.backend = Backend.from_str(read_text(path, MOST_TOKENIZER))
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.vocab_size = self.backend.get_vocab_size()
+        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1  # there may be holes
         self.eos_id = -1  # tokenizer.json does not say which token it is
 
     def encode(self, text: str, bos: bool) -> list[int]:
@@ -82,7 +82,8 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt {text[:40]!a} is no text: {one_line(error)}") from None
-        return self.backend.encode(text, bos)
+        with one_line_for(f"{self.backend.path} fails on the text {text[:40]!a}"):  # it may know no unknown token
+            return self.backend.encode(text, bos)
 
     def encode_after(self, text: str) -> list[int]:
         """The ids of a text that continues another one: no bos, and no space before its first word.
@@ -94,7 +95,8 @@ class Tokenizer:
         return both[len(start) :] if both[: len(start)] == start else self.encode(text, bos=False)
 
     def decode(self, ids: list[int]) -> str:
-        return self.backend.decode(ids)
+        with one_line_for(f"{self.backend.path} fails on the ids {ids[:8]}"):
+            return self.backend.decode(ids)
 
     def stream(self) -> "TextStream":
         return TextStream(self)
@@ -110,70 +112,97 @@ class Tokenizer:
         """The text of a conversation, made by the checkpoint's own template in jinja2's sandbox."""
         if self.template is None:
             raise ValueError("this checkpoint has no chat template: run it without --chat")
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from hf.template import render  # here, so that a run without --chat does not wait for jinja2
 
-        def refuse(message: str):
-            raise TemplateError(message)
-
-        jinja = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-        jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
-            template = jinja.from_string(self.template)
-            return template.render(
-                messages=messages, add_generation_prompt=True, tools=None, documents=None, **self.special
-            )
+            return render(self.template, messages, self.special)
         except Exception as error:  # a template is a program: it may fail in any way a program does
             raise ValueError(f"the chat template fails: {one_line(error)}") from error
 
 
+@contextmanager
+def one_line_for(what: str):
+    """Whatever a library raises -> ValueError. A panic in Rust is no Exception, and neither is Ctrl-C."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
+
+
 def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
-    settings = read_optional_json(folder / "tokenizer_config.json")
-    if not isinstance(settings.get("added_tokens_decoder", {}), dict):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: added_tokens_decoder is no object")
+    settings = Fields(read_optional_json(folder / "tokenizer_config.json"), folder / "tokenizer_config.json")
     backend = load_backend(folder, settings)
     if backend.vocab_size > vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {backend.vocab_size} tokens, the model only {vocab_size}")
-    special = {name: text_of(settings.get(name), name, folder) for name in ("bos_token", "eos_token")}
-    stops = read_optional_json(folder / "generation_config.json").get("eos_token_id", raw_config.get("eos_token_id"))
-    stops = stops if isinstance(stops, list) else [stops]
-    wrong = [stop for stop in stops if stop is not None and type(stop) is not int]
-    if wrong:
-        raise ValueError(f"{folder}: eos_token_id has {json.dumps(wrong[0])}: a token id or a list of them is needed")
-    stops = {*stops, backend.id_of(special["eos_token"]), backend.eos_id} - {None, -1}
-    return Tokenizer(backend, sorted(stops), special, read_template(folder, settings))
+    special = {name: special_text(settings, name) for name in ("bos_token", "eos_token")}
+    stops = {*find_stops(folder, raw_config, vocab_size), backend.id_of(special["eos_token"]), backend.eos_id}
+    return Tokenizer(backend, sorted(stops - {None, -1}), special, read_template(folder, settings))
 
 
-def load_backend(folder: Path, settings: dict) -> SentencePiece | FastTokenizer:
+def find_stops(folder: Path, raw_config: dict, vocab_size: int) -> list[int]:
+    """eos_token_id of generation_config.json, or of config.json where that names none."""
+    generation = Fields(read_optional_json(folder / "generation_config.json"), folder / "generation_config.json")
+    named = generation.values.get("eos_token_id") is not None
+    source = generation if named else Fields(raw_config, folder / "config.json")
+
+    def holds(value) -> bool:
+        ids = value if isinstance(value, list) else [value]
+        return all(type(i) is int and 0 <= i < vocab_size for i in ids)
+
+    given = source.take("eos_token_id", [], holds, f"a token id below {vocab_size} or a list of them")
+    return given if isinstance(given, list) else [given]
+
+
+def load_backend(folder: Path, settings: Fields) -> SentencePiece | FastTokenizer:
     """tokenizer.json comes first: where both files are there, it is the one that knows the chat tokens."""
+    added, add_bos = added_tokens(settings), settings.flag("add_bos_token", True)
     for name, backend in (("tokenizer.json", FastTokenizer), ("tokenizer.model", SentencePiece)):
         if (folder / name).exists():
-            try:
-                return backend(folder / name, settings)
-            except Exception as error:  # both libraries raise bare Exception or RuntimeError for a broken file
-                raise ValueError(f"{folder / name} cannot be read: {one_line(error)}") from error
+            with one_line_for(f"{folder / name} cannot be read"):
+                return backend(folder / name, added, add_bos)
     raise ValueError(f"checkpoint {folder} has no tokenizer.json and no tokenizer.model")
 
 
-def text_of(token: str | dict | None, name: str, folder: Path) -> str:
-    text = token.get("content") if isinstance(token, dict) else token or ""
-    if not isinstance(text, str):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: {name} is {json.dumps(token)}: a text is needed")
-    return text
+def added_tokens(settings: Fields) -> dict[str, int]:
+    """added_tokens_decoder: {"310": {"content": "<|turn|>"}} -> {"<|turn|>": 310}."""
+
+    def holds(given) -> bool:
+        return is_object(given) and all(
+            re.fullmatch("[0-9]{1,9}", i) and is_object(token) and is_text(token.get("content")) and token["content"]
+            for i, token in given.items()
+        )
+
+    given = settings.take("added_tokens_decoder", {}, holds, 'an object of ids and {"content": TEXT}')
+    return {token["content"]: int(i) for i, token in given.items()}
 
 
-def read_template(folder: Path, settings: dict) -> str | None:
+def is_text(value) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can hold half a character
+
+
+def special_text(settings: Fields, name: str) -> str:
+    def text(token):
+        return token.get("content") if is_object(token) else token
+
+    return text(settings.take(name, "", lambda token: is_text(text(token)), "a text"))
+
+
+def read_template(folder: Path, settings: Fields) -> str | None:
     path = folder / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list) and all(isinstance(entry, dict) and "name" in entry for entry in template):
-        template = {entry["name"]: entry.get("template") for entry in template}.get("default")
-    if not isinstance(template, str | None):
-        raise ValueError(f"{folder / 'tokenizer_config.json'}: chat_template is no text and no list of named texts")
+        return read_text(path)
+
+    def is_entry(entry) -> bool:
+        return is_object(entry) and is_text(entry.get("name")) and is_text(entry.get("template"))
+
+    def holds(value) -> bool:
+        return value is None or is_text(value) or isinstance(value, list) and all(map(is_entry, value))
+
+    template = settings.take("chat_template", None, holds, "a text or a list of named texts")
+    if isinstance(template, list):
+        return {entry["name"]: entry["template"] for entry in template}.get("default")
     return template
 
 

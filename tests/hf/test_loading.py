@@ -1,6 +1,7 @@
 """Checkpoints: every spelling loads alike, and whatever cannot be run is refused in one line that says why."""
 
 import json
+import os
 import shutil
 from unittest.mock import Mock
 
@@ -189,6 +190,14 @@ def text(name, content):
     return lambda folder: (folder / name).write_text(content)
 
 
+def latin(name):
+    return lambda folder: (folder / name).write_bytes('{"é": 1}'.encode("latin-1"))
+
+
+def settings(**changes):
+    return lambda folder: write_json(folder / "tokenizer_config.json", changes)
+
+
 def weight_map(files):
     return lambda folder: write_json(folder / "model.safetensors.index.json", {"weight_map": files})
 
@@ -319,6 +328,41 @@ REFUSED = {  # what is wrong -> how it comes about, and what the line must name
         ["tokenizer_config.json", "bos_token"],
     ),
     "a tokenizer larger than the model": (config(vocab_size=100), ["tokenizer has 310 tokens", "100"]),
+    "a dtype of zero": (config(torch_dtype=0), ["config.json", "torch_dtype is 0", "bfloat16"]),
+    "rope settings of zero": (config(rope_parameters=0), ["config.json", "rope_parameters is 0", "an object"]),
+    "a bos token that is an empty list": (settings(bos_token=[]), ["tokenizer_config.json", "bos_token is []"]),
+    "a bos token of half a character": (settings(bos_token="\ud800"), ["tokenizer_config.json", "bos_token"]),
+    "a template of zero": (settings(chat_template=0), ["tokenizer_config.json", "chat_template is 0"]),
+    "add_bos_token that is text": (settings(add_bos_token="no"), ["tokenizer_config.json", 'add_bos_token is "no"']),
+    "an added token without an id": (settings(added_tokens_decoder={"x": {"content": "y"}}), ["added_tokens_decoder"]),
+    "an added token without its text": (settings(added_tokens_decoder={"310": {}}), ["added_tokens_decoder"]),
+    "a million layers": (
+        config(num_hidden_layers=10**6),
+        ["config.json", "num_hidden_layers is 1000000", "21 tensors"],
+    ),
+    "a huge head_dim": (config(head_dim=2**30), ["self_attn.q_proj.weight", f"[{2**32}, 32]"]),
+    "a huge vocabulary": (config(vocab_size=2**31 - 1), ["embed_tokens", f"[{2**31 - 1}, 32]"]),
+    "a size of 400 digits": (config(hidden_size=10**400), ["config.json", "hidden_size", "2**31"]),
+    "a rope base of 400 digits": (config(rope_theta=10**400), ["config.json", "rope_theta", "float32"]),
+    "scaling that overflows": (scaling(rope_type="linear", factor=2e-38), ["config.json", "rope_theta", "overflow"]),
+    "scaling below float32": (scaling(rope_type="linear", factor=1e-50), ["config.json", "factor is 1e-50"]),
+    "deep JSON": (text("config.json", "[" * 100_000), ["config.json cannot be read"]),
+    "a number of 5,000 digits": (text("generation_config.json", "9" * 5000), ["generation_config.json", "5000 digits"]),
+    "settings that are no UTF-8": (latin("tokenizer_config.json"), ["tokenizer_config.json", "UTF-8"]),
+    "a template that is no UTF-8": (latin("chat_template.jinja"), ["chat_template.jinja", "UTF-8"]),
+    "a stop id outside the vocabulary": (config(eos_token_id=320), ["config.json", "eos_token_id is 320", "below 320"]),
+    "a negative stop id": (
+        text("generation_config.json", '{"eos_token_id": [2, -1]}'),
+        ["generation_config.json", "-1"],
+    ),
+    "an index entry of nothing": (weight_map({"lm_head.weight": ""}), ["index.json", "weight_map", '""']),
+    "an index entry above": (weight_map({"lm_head.weight": ".."}), ["index.json", "weight_map", '".."']),
+    "a tensor in two files": (
+        lambda folder: shutil.copy(folder / "model.safetensors", folder / "model-2.safetensors"),
+        ["model.safetensors", "lm_head.weight", "in another file as well", "keep one"],
+    ),
+    "escape sequences": (config(hidden_act="\x1b[2J"), ["config.json", "hidden_act", "[2J"]),
+    "a name of a megabyte": (tensors(lambda t: t.update({"\x1b[2J" * 200_000: torch.zeros(1)})), ["\\x1b[2J"]),
     "a sliding window shorter than the run": (config(sliding_window=11), ["sliding window", "11", "--max-new-tokens"]),
     "fewer positions than the run": (config(max_position_embeddings=11), ["positions", "11", "--max-new-tokens"]),
 }
@@ -329,6 +373,37 @@ def test_a_checkpoint_that_cannot_be_run_is_refused_in_one_line_that_names_what_
     damage(folder)
     line = refusal(capsys, folder).replace(str(folder), "FOLDER")  # whose own name may hold the words
     assert [word for word in named if word not in line] == [], line
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model", "model.safetensors"]
+)
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
+def test_what_is_no_regular_file_is_not_read(capsys, folder, name, make):
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    line = refusal(capsys, folder)
+    assert name in line and "no regular file" in line
+
+
+def test_a_file_that_is_far_too_large_is_not_parsed(capsys, folder):
+    os.truncate(folder / "config.json", 2**26)
+    assert "config.json has more than 32 MiB" in refusal(capsys, folder)
+
+
+def test_null_is_absent(original, folder):
+    empty = dict.fromkeys(("added_tokens_decoder", "bos_token", "add_bos_token", "chat_template"))
+    write_json(folder / "tokenizer_config.json", empty)
+    write_json(folder / "generation_config.json", {"eos_token_id": None})
+    assert load(str(folder))[1].encode("the cat") == load(str(original))[1].encode("the cat")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_no_numbers_are_named_in_one_warning(caplog, folder, value):
+    tensors(lambda t: [t[f"model.layers.{i}.mlp.up_proj.weight"][3].fill_(value) for i in (0, 1)])(folder)
+    load(str(folder))
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "model.layers.0.mlp.up_proj.weight" in warning and "NaN" in warning
 
 
 def test_the_positions_and_the_sliding_window_may_be_used_up(folder):

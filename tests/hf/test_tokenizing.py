@@ -9,6 +9,8 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from checkpoints import TOKENIZERS, make_checkpoint, write_json
 from generate import load, main
@@ -119,6 +121,24 @@ def test_ids_are_those_of_transformers(folders, tokenizers, text):
     for kind in ("tokenizers", "converted"):
         theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folders[kind])
         assert tokenizers[kind].encode(text) == theirs(text)["input_ids"]
+
+
+BROKEN = {
+    "no unknown token": (models.WordLevel({"a": 0}), None),
+    "a regex that backtracks for ever": (models.BPE(), pre_tokenizers.Split(Regex("(a+)+$"), "isolated")),
+}
+
+
+@pytest.mark.parametrize("model, splitter", BROKEN.values(), ids=BROKEN)
+def test_a_tokenizer_that_fails_on_a_text_is_named(folders, tmp_path, model, splitter):
+    """The second panics in Rust, which is no Exception."""
+    folder = shutil.copytree(folders["tokenizers"], tmp_path / "copy")
+    backend = Backend(model)
+    if splitter:
+        backend.pre_tokenizer = splitter
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(ValueError, match="tokenizer.json fails on the text 'aaaa"):
+        load(str(folder))[1].encode("a" * 40 + "b")
 
 
 # ---- text as it streams
@@ -331,6 +351,7 @@ RENDERED = {
     "text is no HTML": ('{{ "<&>" }}', "<&>"),
     "the date is known": ('{{ strftime_now("%d %b %Y") }}', datetime.now().strftime("%d %b %Y")),
     "there are no tools": ("{{ tools is none and documents is none }}", "True"),
+    "what is marked for training": ("{% generation %}a{% endgeneration %}b", "ab"),
     "unset names are false": ("{% if date_string is defined %}set{% else %}unset{% endif %}", "unset"),
 }
 
@@ -340,7 +361,17 @@ def test_a_template_finds_what_transformers_gives_it(render, template, wanted):
     assert render(template) == wanted
 
 
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
+DOUBLING = "{% set x = namespace(y='a') %}{% for i in range(60) %}{% set x.y = x.y ~ x.y %}{% endfor %}"
 FAILING = {
+    "loops that write nothing": ENDLESS + "{% endfor %}" * 3,
+    "loops that write": ENDLESS + "{{ messages }}" + "{% endfor %}" * 3,
+    "macros that call each other": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+    ),
+    "a text that doubles": DOUBLING,
+    "a text of a terabyte": "{{ 'x' * 10000000 * 100000 }}",
+    "a huge power": "{{ 9 ** 9 ** 9 }}",
     "an attribute escape": "{{ ''.__class__.__mro__ }}",
     "a format escape": "{{ '{0.__class__.__mro__}'.format('') }}",
     "a change to the conversation": "{{ messages.append(1) }}",
@@ -356,7 +387,8 @@ FAILING = {
 
 
 @pytest.mark.parametrize("template", FAILING.values(), ids=FAILING)
-def test_a_template_that_fails_or_breaks_out_is_refused_in_one_line(capsys, folders, tmp_path, template):
+def test_a_template_that_fails_or_breaks_out_is_refused_in_one_line(capsys, folders, tmp_path, monkeypatch, template):
+    monkeypatch.setattr("hf.template.SECONDS", 1)
     assert "the chat template fails" in chat_refusal(capsys, with_template(folders, tmp_path, template))
 
 
