@@ -40,7 +40,7 @@ class CacheSnapshot(NamedTuple):
 
     position: int  # of the next token
     used: tuple[int, ...]  # prompt slots in use, of each layer
-    kept: Tensor  # as in StepInput
+    kept: Tensor  # as in Cache
     scores: list[Tensor]  # of the layers whose prompt is evictable: later tokens change them
 
 
@@ -51,7 +51,6 @@ class StepInput(NamedTuple):
     reads: int  # decode slots that attention reads
     prompt_reads: list[int] | None  # prompt slots of each layer that it reads; None: all
     position: Tensor  # [B] of the token that is written
-    kept: Tensor  # [n_layers, B] prompt tokens kept per KV head
     plan: Tensor  # [n_layers, 3]: the scope.StepPlan of each layer
 
 
@@ -74,6 +73,9 @@ class LayerCache(nn.Module):
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
         self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_scores))
         self.register_buffer("victims", torch.zeros(batch, n_kv_heads, max_evict, dtype=torch.int64))
+        n_held = prompt_slots if self.prompt_is_evictable else 0
+        self.register_buffer("held", torch.zeros(batch, n_kv_heads, int(n_held > 0), dtype=torch.int32))
+        self.register_buffer("gaps", torch.zeros(batch, n_kv_heads, n_held, dtype=torch.int32))
         self.register_buffer("number", torch.tensor([layer]))  # an int would make each layer compile a graph of its own
 
     def reset(self) -> None:
@@ -101,7 +103,19 @@ class LayerCache(nn.Module):
         self.pos[:, :, :n] = pos
         if self.prompt_is_evictable:
             self.score[:, :, :n] = score
+            self.count_prompt(lengths)
         return y
+
+    def count_prompt(self, lengths: Tensor) -> None:
+        """Before an output: note how many tokens each head holds, and how many are missing after each of them.
+
+        A window counts tokens, not positions. Of a prompt of 7 a head has kept 0, 1, 5 and 6: `held` is 4. Behind 1
+        three are missing, so its gap is 3 and it counts as if it stood at 4: the third newest, as it is.
+        """
+        pos = self.pos[:, :, : self.prompt_slots]
+        self.held.copy_((pos >= 0).sum(-1, keepdim=True))
+        newer = kernels.ranks(pos)
+        self.gaps.copy_(torch.where(pos >= 0, lengths[:, None, None] - 1 - newer - pos, 0))
 
     def prompt_score(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
         """[B, H, S]: the decode score of each prompt token, from the prompt's own queries; 0 where none is needed."""
@@ -216,8 +230,10 @@ class LayerCache(nn.Module):
         `victims` lists them for the next 3 tokens. Plan says 0: nothing dies, and `victims` stays as it was.
         """
         pos = self.evictable_pos(now)
-        window = self.policy.strategy.window(self.policy, self.of_layer(now.kept)[:, None, None])
-        evictable = (pos >= 0) & (self.age(now) > window)
+        newer = self.age(now) - 1  # tokens, where none is missing
+        if self.prompt_is_evictable:
+            newer = newer - pad(self.gaps, (0, pos.shape[2] - self.prompt_slots))
+        evictable = (pos >= 0) & (newer >= self.policy.strategy.window(self.policy, self.held))
         most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
         victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.first_evictable
         count = self.of_layer(now.plan)[2]
@@ -269,7 +285,8 @@ class Cache(nn.Module):
         self.graph_keys = self.find_graph_keys(steps, max(plan.n_slots for plan in schedules))
         self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
         self.register_buffer("lengths", torch.zeros(size.batch, dtype=torch.int64))  # tokens before the output
-        self.register_buffer("kept", torch.zeros(config.n_layers, size.batch, dtype=torch.int64))
+        kept = torch.zeros(config.n_layers, size.batch, dtype=torch.int64)
+        self.register_buffer("kept", kept)  # prompt tokens kept per KV head, the mean of the heads
         self.used = [0] * config.n_layers  # prompt slots in use, of each layer
         self.position = 0  # of the next token that a conversation reads
 
@@ -356,7 +373,7 @@ class Cache(nn.Module):
 
     def step_input(self, t: int, reads: int) -> StepInput:
         """The input of step t, counted from 1, for a graph that reads this many decode slots and all prompt slots."""
-        return StepInput(reads, None, self.lengths + (t - 1), self.kept, self.plan[t - 1])
+        return StepInput(reads, None, self.lengths + (t - 1), self.plan[t - 1])
 
     def eager_step_input(self, t: int) -> StepInput:
         """The input of step t that reads the slots in use and no others: no graph was compiled for a number of them."""
@@ -399,6 +416,9 @@ class Cache(nn.Module):
         """Note what is held before an answer: its position, and the tokens that count as prompt."""
         self.lengths.fill_(self.position)
         self.kept.copy_(torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers]))
+        for layer in self.layers:
+            if layer.prompt_is_evictable:
+                layer.count_prompt(self.lengths)
 
     def drop(self, position: int) -> None:
         """Forget the tokens from this position on."""

@@ -99,19 +99,19 @@ def one_heavy_hitter_apart(policy: Policy, T: int) -> int:
     return max(1, (T - policy.recent) // policy.heavy)
 
 
-# ---- windows: how many of the newest tokens no selection touches (prompt_kept: prompt tokens kept, [B]) ----
+# ---- windows: how many of the newest tokens no selection touches (held: before the output, [B, n_kv_heads, 1]) ----
 
 
-def last_recent(policy: Policy, prompt_kept: Tensor) -> int:
+def last_recent(policy: Policy, held: Tensor) -> int:
     return policy.recent
 
 
-def whole_budget(policy: Policy, prompt_kept: Tensor) -> int:
+def whole_budget(policy: Policy, held: Tensor) -> int:
     return policy.heavy + policy.recent
 
 
-def half_of_everything(policy: Policy, prompt_kept: Tensor) -> Tensor:
-    return (prompt_kept + policy.heavy + policy.recent) // 2
+def half_of_everything(policy: Policy, held: Tensor) -> Tensor:
+    return (held + policy.heavy + policy.recent) // 2
 
 
 # ---- scores: what makes a token worth keeping -------------------------------------------------------------
@@ -330,8 +330,11 @@ def require_known(what: str, value: str, table: dict) -> None:
         raise ValueError(f"unknown {what} {value!r}: choose from {', '.join(table)}")
 
 
-def one_line(error: Exception) -> str:  # its type where it has no text
-    return " ".join(str(error).split()) or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """The error's text, or its type where it has none: what a terminal would obey is escaped, a long middle cut out."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) < 450 else text[:300] + " ... " + text[-145:]  # the file comes first, the remedy last
 
 
 FULL = Policy("full", heavy=0, recent=0, score="cumulative")  # the policy that every other one is compared with

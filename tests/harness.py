@@ -54,7 +54,7 @@ class Setting:
 def settings_of_a_run(draw, policies=tuple(STRATEGIES), compressors=tuple(COMPRESSORS), rows=(1, 2)) -> Setting:
     """Prompts of any lengths, between `rows` many, and one answer of T steps."""
     T = draw(st.integers(1, 24))
-    prompts = draw(st.lists(st.integers(1, 14), min_size=rows[0], max_size=rows[1]))
+    prompts = draw(st.lists(st.integers(1, 20), min_size=rows[0], max_size=rows[1]))
     return draw_setting(draw, policies, compressors, 7, T, prompts, T, [])
 
 
@@ -71,7 +71,7 @@ def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, 
     """most: of the heavy tokens, and of the recent ones."""
     size = st.integers(0, most)
     policy = Policy(draw(st.sampled_from(policies)), draw(size), draw(size), draw(st.sampled_from(list(SCORES))))
-    budget = draw(st.integers(1, 10))
+    budget = draw(st.integers(1, 14))
     prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)))
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
     layer, seed = draw(st.integers(0, N_LAYERS - 1)), draw(st.integers(0, 10**6))
@@ -108,7 +108,7 @@ class Play:
         output = self.attend(self.cache.begin_prefill(lengths), block)
         if self.with_oracle:
             self.oracles = self.make_oracles()
-            self.begin_output()
+            self.compare_positions()
         return output
 
     def step(self, t: int) -> torch.Tensor:
@@ -143,7 +143,7 @@ class Play:
         self.cache.begin_output()
         for (b, h), oracle in self.oracles.items():
             self.compare_output(output, b, h, oracle.read(start, [self.token(b, h, start + i) for i in range(n)]))
-        self.begin_output()
+        self.compare_positions()
         return output
 
     def snapshot(self) -> tuple:
@@ -155,7 +155,7 @@ class Play:
         del self.written[0][self.cache.position :]
         for pair, oracle in self.oracles.items():
             oracle.rewind(theirs[pair])
-        self.begin_output()
+        self.compare_positions()
 
     def run(self):
         """Prefill, then every step of the first answer: yields 0 after prefill, then t after step t."""
@@ -237,13 +237,6 @@ class Play:
                 numbers = policy.name, *self.decode_budget(), setting.T
                 oracles[b, h] = Oracle(numbers, policy.score, head, kept[h])
         return oracles
-
-    def begin_output(self) -> None:
-        """Tell the oracles what their row holds before an answer, per head: they know only their own head."""
-        for (b, _), oracle in self.oracles.items():
-            row = [other.live for (row, _), other in self.oracles.items() if row == b]
-            oracle.row_kept = sum(map(len, row)) // len(row)
-        self.compare_positions()
 
     def compare_positions(self) -> None:
         for pair, oracle in self.oracles.items():

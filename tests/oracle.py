@@ -58,7 +58,6 @@ class Oracle:
         self.score = score
         self.entries = {p: (key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
-        self.row_kept = self.n_kept  # the mean of the row's heads, where they differ
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
         self.totals = {p: received[p] if self.score != "own" or p == newest else 0.0 for p in kept}
@@ -117,13 +116,12 @@ class Oracle:
         excess = len(self.entries) - self.n_kept - paper_budget(self.name, self.heavy, self.recent, self.T, t)
         if excess <= 0:
             return []
-        now = self.prompt_len + t - 1
-        if self.name == "streaming":  # half of the budget is the newest positions, the other half the oldest tokens
-            newest = (self.row_kept + self.heavy + self.recent) // 2
-            return [p for p in pool if p <= now - newest][-excess:]
+        if self.name == "streaming":  # half of what is kept are the newest tokens, the other half the oldest
+            newest = (self.n_kept + self.heavy + self.recent) // 2
+            return pool[: len(pool) - newest][-excess:]
         if self.name == "recent":
             return pool[:excess]
-        older = [p for p in pool if p <= now - self.recent]
+        older = pool[: max(0, len(pool) - self.recent)]
         assert frozen + len(older) >= excess
         return sorted(older, key=lambda p: (self.totals[p], p))[:excess]
 
