@@ -203,9 +203,10 @@ class Sampler(nn.Module):
 
     def __init__(self, options, stop_ids: list[int]):
         super().__init__()
-        self.temperature = options.temperature
+        tiny = torch.finfo(torch.float32).tiny  # below it, what is above 0 for Python is 0 on the device
+        self.temperature = max(options.temperature, tiny) if options.temperature else 0.0
         self.top_k = options.top_k
-        self.top_p = options.top_p
+        self.top_p = max(options.top_p, tiny)
         self.register_buffer("stop_ids", torch.tensor(stop_ids, dtype=torch.int64))
 
     def forward(self, logits: Tensor, noise: Tensor, stopped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -222,8 +223,8 @@ class Sampler(nn.Module):
         if self.temperature == 0:
             return logits.argmax(-1)
         vocab = logits.shape[-1]
-        top, ids = (logits / self.temperature).topk(min(self.top_k or vocab, vocab))  # sorted
-        prob = top.softmax(-1)
+        top, ids = logits.float().topk(min(self.top_k or vocab, vocab))  # sorted
+        prob = ((top - top[:, :1]) / self.temperature).softmax(-1)  # at most 0, so a tiny temperature overflows to -inf
         prob = torch.where(prob.cumsum(-1) - prob < self.top_p, prob, 0)  # the token that crosses top_p stays
         edges = prob.cumsum(-1)
         choice = (edges <= noise[:, None] * edges[:, -1:]).sum(-1, keepdim=True)
