@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +14,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import cache
+import kernels
+import model as model_file
+import scope
 from benchmarks import plots, report
-from generate import Options, Parser, check_outputs, generate, note
+from generate import MINI, Options, Parser, check_outputs, generate, note, size_of
+from hf.checkpoint import find_checkpoint
 from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 
 # ---- flags ------------------------------------------------------------------------------------------------
@@ -103,11 +108,12 @@ def check_flags(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     for method in given.get("methods", []):
         parse_method(method)
-    inputs = {"--data": "data", "--score-only": "score_only"}
+    inputs = {"--data": "data", "--score-only": "score_only", "--checkpoint": "checkpoint", "--gguf": "gguf"}
+    texts = {f"--text {path}": path for path in given.get("text") or []}
     outputs = {"--json": "json", "--plot": "plot", "--predictions": "predictions"}
     check_outputs(
         {flag: given.get(name) for flag, name in outputs.items()},
-        {flag: given.get(name) for flag, name in inputs.items()},
+        {flag: given.get(name) for flag, name in inputs.items()} | texts,
     )
     plots.check_plot(arguments.plot)
 
@@ -148,7 +154,7 @@ def read_rows(path: Path | str, parse: Callable[[dict], object]) -> list:
                 if not isinstance(row, dict):
                     raise ValueError(f"a JSON object is expected, not {type(row).__name__}")
                 rows.append(parse(row))
-            except (ValueError, RecursionError) as error:
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError) as error:
                 note(f"{path}:{number}: skipped: {one_line(error)}")
     return rows
 
@@ -256,7 +262,7 @@ def progress(total: int, unit: str) -> tqdm:
 
 
 def run_jobs(
-    model, inputs: list, asked: list[dict], jobs: list[Job], path: str | None, predict: Callable, unit: str
+    model, inputs: list, asked: list[dict], jobs: list[Job], arguments: argparse.Namespace, predict: Callable, unit: str
 ) -> list[dict]:
     """Rows {"key", **job.labels, **asked[i], **prediction}, one for each job and input.
 
@@ -264,7 +270,8 @@ def run_jobs(
     of the missing inputs; inputs: for each prompt, everything but the job that decides the tokens. In between it may
     move the bar by parts of an input.
     """
-    predictions, weights = Predictions(path), fingerprint(model)
+    path, weights = arguments.predictions, fingerprint(model, arguments.checkpoint)
+    predictions = Predictions(path)
     texts = [[json.dumps([job.effective(), weights, each]) for each in inputs] for job in jobs]
     keys = [[hashlib.sha256(text.encode()).hexdigest()[:20] for text in row] for row in texts]
     missing = [[i for i, key in enumerate(row) if key not in predictions.rows] for row in keys]
@@ -284,10 +291,18 @@ def run_jobs(
     return [predictions.rows[key] | job.labels | own for job, own, key in pairs]
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """Tells two checkpoints apart, whatever they are called: the norms of all weights, and their type."""
-    norms = [float(torch.linalg.vector_norm(weight, dtype=torch.float64)) for weight in model.state_dict().values()]
-    return f"{sum(norms):.9e} {next(model.parameters()).dtype}"
+def fingerprint(model: torch.nn.Module, checkpoint: str) -> str:
+    """A digest of what decides the tokens beside the settings: weights, tokenizer, stop tokens and the cache's code."""
+    digest = hashlib.blake2b(str(next(model.parameters()).dtype).encode())
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    folder = MINI if checkpoint == Options.checkpoint else find_checkpoint(checkpoint)
+    texts = [path for path in folder.iterdir() if path.suffix in (".json", ".model", ".jinja")]
+    code = [Path(module.__file__) for module in (cache, kernels, model_file, scope)]
+    for path in sorted(texts) + code:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: tqdm) -> Iterator:
@@ -295,11 +310,35 @@ def predict(model, tokenizer, prompts: list, missing: list[int], job: Job, bar: 
     rows = min(job.settings["batch_size"], len(missing))
     step = rows / job.settings["max_new_tokens"]
     chosen = [prompts[i] for i in missing]
-    results = generate(model, tokenizer, chosen, on_step=lambda cache: bar.update(step), **job.settings)
-    for i, result in zip(missing, results, strict=True):
-        stats = asdict(result.stats)
-        stats |= {name: stats[name] / rows for name in ("kv_bytes", "kv_bytes_full")}  # of one prompt
-        yield i, {"pred": result.text, "finish_reason": result.finish_reason, "stats": stats}
+    alone = cache_of_one(model, prompts, Options(**job.settings))
+    caches: list[cache.Cache] = []
+
+    def on_step(running: cache.Cache) -> None:
+        caches[:] = [running]
+        bar.update(step)
+
+    for n, result in enumerate(generate(model, tokenizer, chosen, on_step=on_step, **job.settings)):
+        stats = asdict(result.stats) | alone | {"live_peak": live_peak(caches[0], n % rows, len(result.token_ids) - 1)}
+        yield missing[n], {"pred": result.text, "finish_reason": result.finish_reason, "stats": stats}
+
+
+def cache_of_one(model, prompts: list[list[int]], options: Options) -> dict:
+    """What one prompt needs, whichever prompts ran together: a run that was resumed has the same figures."""
+    with torch.device("meta"):  # shapes only
+        size = size_of(prompts, replace(options, batch_size=1))
+        dtype = next(model.parameters()).dtype
+        own = cache.Cache(model.config, *options.rules(), size, dtype)
+        longest = max(map(len, prompts))
+        full = cache.Cache(model.config, FULL, WHOLE_PROMPT, size._replace(lengths=[longest]), dtype)
+    slots = zip(("prompt_slots", "decode_slots"), own.slots, strict=True)
+    means = {name: round(sum(each) / len(each)) for name, each in slots}
+    return means | {"kv_bytes": own.nbytes, "kv_bytes_full": full.nbytes}
+
+
+def live_peak(running: cache.Cache, row: int, steps: int) -> float:
+    """The most tokens that this row of a batch held at a time per KV head, the mean of the layers."""
+    prompt = running.kept[:, row].float().mean().item()
+    return prompt + (running.held_of_output(steps).amax(0).float().mean().item() if steps else 0.0)
 
 
 class Predictions:
@@ -318,12 +357,17 @@ class Predictions:
         self.rows[row["key"]] = row
         if self.path:
             with open(self.path, "ab") as file:
-                file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+                file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
 def with_key(row: dict) -> dict:
     if not isinstance(row.get("key"), str):
         raise ValueError("no `key`: not a prediction of this program")
+    wanted = {"pred": str, "finish_reason": str, "nll": list, "kl": list, "same": list, "needles": list}
+    wrong = [name for name, kind in wanted.items() if name in row and type(row[name]) is not kind]
+    numbers = row.get("stats", {}).values()
+    if wrong or not all(isinstance(x, int | float | str) for x in numbers):
+        raise ValueError(f"{', '.join(wrong) or 'stats'} of another type than this program writes")
     return row
 
 
@@ -344,8 +388,8 @@ def cut_half_line(path: Path, start: bytes) -> None:
 def publish(
     arguments: argparse.Namespace, lines: list[dict], columns: report.Columns, panels, highlighted, legend=""
 ) -> None:
-    """Print the table, and write the JSON and the plot that the flags ask for. panels(lines) -> what is plotted."""
-    print(report.accuracy_table(lines, columns, legend))
-    report.write_json(arguments.json, {"arguments": vars(arguments), "lines": lines})
+    """Write the JSON and the plot that the flags ask for, and print the table. panels(lines) -> what is plotted."""
+    report.write_json(arguments.json, {"arguments": vars(arguments), "lines": lines})  # first: printing may fail
     if arguments.plot:
         plots.plot(arguments.plot, panels(lines), highlighted)
+    print(report.accuracy_table(lines, columns, legend))

@@ -233,7 +233,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         asked = [{"source": source_of(arguments), "text": start + i} for i in range(len(batch))]
         work = partial(predict, model, batch, Reference(model, settings, batch))
         inputs = [asdict(sample) for sample in batch]
-        rows += common.run_jobs(model, inputs, asked, jobs, arguments.predictions, work, "texts")
+        rows += common.run_jobs(model, inputs, asked, jobs, arguments, work, "texts")
     return rows
 
 

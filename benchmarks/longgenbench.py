@@ -167,7 +167,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     source = common.source_of(arguments, arguments.name or mini)
     asked = [{name: getattr(example, name) for name in SCORED} | {"source": source} for example in examples]
     work = partial(common.predict, model, tokenizer, prompts)
-    return common.run_jobs(model, prompts, asked, jobs, arguments.predictions, work, "prompts")
+    return common.run_jobs(model, prompts, asked, jobs, arguments, work, "prompts")
 
 
 def settings_of(arguments: argparse.Namespace, solution: int, questions: int) -> dict:
@@ -209,13 +209,25 @@ def by_number(pred: str, answers: list[str], numbers: list[int]) -> list[bool]:
 def by_order(pred: str, answers: list[str], numbers: list[int]) -> list[bool]:
     """The official rule: the i-th answer found against the i-th expected, whatever their numbers; digits as text."""
     if all(re.fullmatch("[A-Z]", answer) for answer in answers):
-        given, expected = re.findall(r"Answer_\d+:\s*[^\n]*?answer is \(([^)\n]*)\)", pred), answers
+        given, expected = in_order(r"\(([^)\n]{0,999})\)", "\n", pred), answers
     else:
-        given = re.findall(r"Answer_\d+:.*?answer is (\d+)", pred, re.DOTALL)
+        given = in_order(r"(\d+)", "(?!)", pred)
         found = [re.search(r"####\s*(\d+)", answer) for answer in answers]
         expected = [match and match[1] for match in found]
     given += [""] * (len(expected) - len(given))
     return [a == b for a, b in zip(expected, given, strict=False)]
+
+
+def in_order(answer: str, end: str, pred: str) -> list[str]:
+    """What `answer is` names first after each `Answer_N:`, before `end`. One pass, however long and odd the text is."""
+    found, is_open = [], False
+    for match in re.finditer(rf"(Answer_\d+:\s*)|answer is {answer}|{end}", pred):
+        if match[1]:
+            is_open = True
+        elif is_open:
+            found += [match[2]] if match[2] is not None else []
+            is_open = False
+    return found
 
 
 PAIRINGS: dict[str, Callable] = {"number": by_number, "official": by_order}

@@ -5,7 +5,8 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+
+from generate import replace_file
 
 LABELS = ("source", "method", "prompt_share", "decode_budget")  # rows that agree in these make one line of a table
 
@@ -152,4 +153,5 @@ def accuracy_table(lines: list[dict], columns: Columns, legend: str = "") -> str
 
 def write_json(path: str | None, content: dict) -> None:
     if path:
-        Path(path).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        replace_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

@@ -311,7 +311,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     about = {"task": arguments.task, "source": common.source_of(arguments, what, mode)}
     asked = [about | {"answers": example.answers, "seed": example.seed} for example, _ in pairs]
     inputs, work = list(map(asdict, dialogues)), partial(predict, model, tokenizer, dialogues)
-    return common.run_jobs(model, inputs, asked, jobs, arguments.predictions, work, "conversations")
+    return common.run_jobs(model, inputs, asked, jobs, arguments, work, "conversations")
 
 
 def stops_at_newline(tokenizer: Tokenizer) -> Tokenizer:

@@ -63,9 +63,9 @@ def benchmark(arguments: argparse.Namespace) -> None:
     for line in work(arguments, about["read_bandwidth"]):
         lines.append(line)
         report.write_json(arguments.json, about | {name: lines})  # a run that is cut short leaves what it has
-    print(report.table(lines, columns), legend, sep="\n")
     if arguments.plot:
         plots.plot(arguments.plot, panels(lines), [])
+    print(report.table(lines, columns), legend, sep="\n")
 
 
 # ---- the command line -------------------------------------------------------------------------------------

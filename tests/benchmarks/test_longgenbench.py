@@ -2,19 +2,24 @@
 
 import json
 import math
+import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import scope
 from benchmarks import common, longgenbench, plots
 from benchmarks.common import Predictions, Sizes
 from benchmarks.longgenbench import by_number, by_order, gold, main, prompt_ids
 from benchmarks.report import Scored, accuracy
-from checkpoints import make_checkpoint
+from checkpoints import make_checkpoint, write_json
 from generate import load
 from scope import STRATEGIES
 
@@ -305,8 +310,8 @@ def small(folder, tmp_path, monkeypatch):
 
 
 def figures(lines: list[dict]) -> list[dict]:
-    """Without those that depend on which prompts ran together."""
-    return [{name: x for name, x in line.items() if name not in ("tokens_per_s", "live_peak")} for line in lines]
+    """Without seconds. Memory is that of each prompt alone, whichever prompts ran together."""
+    return [{name: x for name, x in line.items() if name != "tokens_per_s"} for line in lines]
 
 
 @pytest.mark.parametrize("kept, runs", [(0, [6, 6]), (1, [5, 6]), (8, [4]), (12, [])])
@@ -358,6 +363,88 @@ def test_predictions_of_other_settings_or_weights_are_not_taken(small, tmp_path)
     small.ran.clear()
     assert small(*flags, "--checkpoint", other, "--device", "cpu") == 0 and len(small.ran) == 2
     assert small(*flags, "--batch-size", "1") == 0 and len(small.ran) == 2, "batching changes no token"
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json"])
+def test_predictions_of_another_tokenizer_or_of_other_stop_tokens_are_not_taken(small, folder, tmp_path, name):
+    other = shutil.copytree(folder, tmp_path / "other")
+    file, argv = tmp_path / "p.jsonl", ["--predictions", str(tmp_path / "p.jsonl"), "--checkpoint", str(other)]
+    assert small("--predictions", str(file)) == 0 and small(*argv) == 0
+    assert small.ran == [6, 6], "a copy of the checkpoint elsewhere is the same checkpoint"
+    content = json.loads((other / name).read_text()) if (other / name).exists() else {}
+    write_json(other / name, content | {"something": "else"})
+    assert small(*argv) == 0 and small.ran == [6, 6] * 2
+
+
+def test_predictions_of_another_score_function_are_not_taken(small, tmp_path, monkeypatch):
+    assert small("--predictions", str(tmp_path / "p.jsonl")) == 0
+    changed = tmp_path / "scope.py"
+    changed.write_text(Path(scope.__file__).read_text() + "# another rule")
+    monkeypatch.setattr(scope, "__file__", str(changed))
+    assert small("--predictions", str(tmp_path / "p.jsonl")) == 0 and small.ran == [6, 6] * 2
+
+
+def test_two_weights_of_the_same_norm_are_told_apart():
+    a, b = torch.nn.Linear(2, 1, bias=False), torch.nn.Linear(2, 1, bias=False)
+    with torch.no_grad():
+        a.weight.copy_(torch.tensor([[3.0, 4.0]]))
+        b.weight.copy_(torch.tensor([[4.0, 3.0]]))
+    one, other = (common.fingerprint(model, "checkpoints/mini") for model in (a, b))
+    assert one != other and one == common.fingerprint(a, "checkpoints/mini")
+
+
+def test_results_are_saved_before_anything_is_printed(small, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(common.report, "accuracy_table", fail)
+    assert small("--plot", str(tmp_path / "o.png")) == 1
+    assert small.lines() and (tmp_path / "o.png").stat().st_size > 1000
+
+
+def test_an_input_is_never_overwritten(folder, tmp_path, capsys):
+    file = write_rows(tmp_path / "d.jsonl", {"prompt": "Question_1: x", "answers": ["A"]})
+    before = Path(file).read_bytes()
+    for flag in ("--json", "--predictions"):
+        assert main(["--data", file, "--checkpoint", folder, flag, file]) == 2
+        assert f"--data, {flag} name the same file" in capsys.readouterr().err
+    assert main(["--data", file, "--checkpoint", folder, "--json", f"{folder}/config.json"]) == 2
+    assert "lies in --checkpoint" in capsys.readouterr().err and Path(file).read_bytes() == before
+
+
+@pytest.mark.parametrize("part", ["Answer_1: ", "answer is (", "Answer_1: answer is (", "Answer_1: the "])
+def test_long_and_odd_answers_are_scored_in_linear_time(part):
+    started = time.monotonic()
+    for gold_answer in ("A", "#### 5"):
+        assert by_order(part * 20_000, [gold_answer] * 3, [1, 2, 3]) == [False] * 3
+    assert time.monotonic() - started < 5
+
+
+WORDS = ["Answer_1:", "Answer_22:", " ", "\n", "answer is ", "(A)", "(B", ")", "5", "72", "x"]
+
+
+@given(st.lists(st.sampled_from(WORDS)).map("".join))
+def test_by_order_finds_what_the_official_expressions_find(pred):
+    letters = re.findall(r"Answer_\d+:\s*[^\n]*?answer is \(([^)\n]*)\)", pred)
+    digits = re.findall(r"Answer_\d+:.*?answer is (\d+)", pred, re.DOTALL)
+    assert longgenbench.in_order(r"\(([^)\n]{0,999})\)", "\n", pred) == letters
+    assert longgenbench.in_order(r"(\d+)", "(?!)", pred) == digits
+
+
+@pytest.mark.parametrize("wrong", [{"stats": {"slots": None}}, {"stats": []}, {"pred": 5}, {"finish_reason": None}])
+def test_predictions_of_the_wrong_type_are_named_and_run_again(small, tmp_path, capsys, wrong):
+    file = tmp_path / "p.jsonl"
+    assert small("--predictions", str(file)) == 0
+    lines = file.read_text().splitlines()
+    lines[3] = json.dumps(json.loads(lines[3]) | wrong)
+    file.write_text("\n".join(lines) + "\n")
+    assert small("--predictions", str(file)) == 0 and sum(small.ran) == 13
+    assert f"{file}:4: skipped" in capsys.readouterr().err
+
+
+def test_half_a_character_in_an_answer_is_saved(tmp_path):
+    Predictions(str(tmp_path / "p.jsonl")).add({"key": "a", "pred": "x\ud800"})
+    assert Predictions(str(tmp_path / "p.jsonl")).rows["a"]["pred"] == "x\ud800"
 
 
 def test_malformed_predictions_are_named_and_run_again(small, tmp_path, capsys):
