@@ -5,16 +5,23 @@ From Python:   model, tokenizer = load("checkpoints/mini")
                for result in generate(model, tokenizer, ["Question_1: ..."], "discontinuous"): print(result.text)
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C during the 3 s in which torch is imported ends quietly too
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import argparse
+import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from unicodedata import category
 
 import numpy as np
 import torch
@@ -24,6 +31,10 @@ import kernels
 from cache import Cache, CacheSize, CacheSnapshot, StepInput
 from model import Llama, ModelConfig
 from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE_PROMPT, Policy, PromptPolicy, one_line, require
+
+fcntl = None
+with contextlib.suppress(ImportError):
+    import fcntl  # locks --output; Windows has none
 
 log = logging.getLogger("scope")
 MINI = Path(__file__).parent / "checkpoints" / "mini"
@@ -49,7 +60,7 @@ class Options:
     temperature: float = option(0.0, "0: greedy")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
     top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
-    seed: int = option(0, "of the sampling; a prompt samples the same alone and in a batch")
+    seed: int = option(0, "of the sampling; prompt i of a run draws the same numbers whatever the batch size")
     ignore_eos: bool = option(False, "do not stop at a stop token")
     batch_size: int = option(8, "most prompts that run together")
     max_context: int = option(0, "slots per KV head for the prompt and, in a conversation, for all that follows it; "
@@ -79,7 +90,8 @@ def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dty
     log.info("loading %s", checkpoint)
     from hf import load_checkpoint  # here: a fork with a tokenizer of its own needs the five files alone
 
-    return load_checkpoint(str(MINI if checkpoint == Options.checkpoint else checkpoint), device, dtype)
+    bundled = checkpoint == Options.checkpoint and not Path(checkpoint).is_dir()  # a user may have a folder so called
+    return load_checkpoint(str(MINI if bundled else checkpoint), device, dtype)
 
 
 # ---- generating -------------------------------------------------------------------------------------------
@@ -134,6 +146,7 @@ def generate(
     `stop_ids`. Raises ValueError, before anything is computed, for a prompt or a setting that cannot be run.
     """
     options = options_from(policy, settings)
+    require(not isinstance(prompts, str), "prompts", repr(prompts[:40]), "a list of prompts: put the text in brackets")
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     check_run(model.config, ids, options)
     engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
@@ -301,7 +314,10 @@ class Engine:
             log.info("compiling the %s graph for %d decode slots ...", "select" if select else "append", reads)
             for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay
                 self.reset()
-                self.decode(1, (select, reads))
+                try:
+                    self.decode(1, (select, reads))
+                except (RuntimeError, OSError) as error:  # from Dynamo, Inductor, the C++ compiler or their cache
+                    raise ValueError(f"torch.compile failed: {one_line(error)}: run with --no-compile") from error
         self.wait()
         return time.perf_counter() - started
 
@@ -511,7 +527,8 @@ class Conversation:
 
 
 def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if sys.stderr:  # None where the shell has closed it; print would then write to standard output
+        print(text, file=sys.stderr, flush=True)
 
 
 class Parser(argparse.ArgumentParser):
@@ -525,7 +542,7 @@ def run_program(name: str, work: Callable[[], None]) -> int:
         work()
         return 0
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence_stdout()
         return 1
     except (ValueError, OSError) as error:
         note(f"{name}: error: {one_line(error)}")
@@ -536,23 +553,98 @@ def run_program(name: str, work: Callable[[], None]) -> int:
 
 
 def check_outputs(outputs: dict[str, str | None], inputs: dict[str, str | None] | None = None) -> None:
-    """Refuse an output that could not be written or would replace another file of the run. Flags -> paths or None."""
-    given = {flag: Path(path) for flag, path in outputs.items() if path is not None}
-    for flag, path in given.items():
+    """Refuse an output that could not be written or would replace another file of the run. Flags -> paths or None.
+
+    An input that is a folder is a checkpoint: none of its files is an output.
+    """
+    others = {flag: Path(path) for flag, path in (inputs or {}).items() if path is not None}
+    for flag, path in ((flag, Path(path)) for flag, path in outputs.items() if path is not None):
         if not outputs[flag] or path.is_dir():
             raise ValueError(f"{flag} {outputs[flag]!r} is no file name: give a file")
         if not path.parent.is_dir():
             raise ValueError(f"{flag} {path}: there is no directory {path.parent}")
         if not os.access(path if path.exists() else path.parent, os.W_OK):
             raise ValueError(f"{flag} {path} cannot be written: no permission")
-    given |= {flag: Path(path) for flag, path in (inputs or {}).items() if path}
-    if len({path.resolve() for path in given.values()}) < len(given):
-        raise ValueError(f"{', '.join(given)} name the same file: give each its own")
+        if path.exists() and not path.is_file() and flag != "--output":
+            raise ValueError(f"{flag} {path} is no regular file: it would be replaced, so give a file")
+        for name, other in others.items():
+            if other.is_dir() and same_file(path.resolve().parent, other):
+                raise ValueError(f"{flag} {path} lies in {name} {other}: the run reads that folder, so give another")
+            if same_file(path, other):
+                raise ValueError(f"{name}, {flag} name the same file, {path}: give each its own")
+        others[flag] = path
+
+
+def same_file(a: Path, b: Path) -> bool:
+    """Whether two names mean one file: two links to it are one, and so is a name of a file that is still to be made."""
+    return a.samefile(b) if a.exists() and b.exists() else a.resolve() == b.resolve()
+
+
+def silence_stdout() -> None:
+    """Nobody takes what is printed: Python would say so once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def replace_file(path: str, write: Callable) -> None:
+    """write(file) makes the new content; the old file stays until it is complete. A link is followed."""
+    whole = Path(path).resolve()
+    unfinished = whole.with_name(whole.name + ".part")
+    try:
+        with open(unfinished, "wb") as file:
+            write(file)
+        unfinished.replace(whole)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+class RowFile:
+    """--output: a .jsonl file that keeps every row it was given. Without a path, the rows go nowhere.
+
+    What the file held is replaced when the first row comes, not before. A second run on the same file is refused.
+    """
+
+    def __init__(self, path: str | None):
+        self.path = path or os.devnull
+        self.rows = 0
+
+    def __enter__(self) -> "RowFile":
+        existed = os.path.exists(self.path)
+        self.file = open(self.path, "ab", buffering=0)
+        self.regular = Path(self.path).is_file()
+        self.is_new = self.regular and not existed
+        if self.regular and fcntl:
+            try:
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                self.file.close()
+                raise ValueError(f"--output {self.path}: another run is writing to it, so give another file") from None
+        return self
+
+    def write(self, row: dict) -> None:
+        if self.regular and not self.rows:
+            self.file.truncate(0)
+        self.rows += 1
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        end = self.file.seek(0, os.SEEK_END) if self.regular else 0
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(f"--output {self.path}: the disk is full, {self.rows - 1} rows are in the file")
+        except OSError:
+            if self.regular:
+                self.file.truncate(end)  # no half a row
+            raise
+
+    def __exit__(self, *_) -> None:
+        self.file.close()
+        if self.is_new and not self.rows:
+            os.unlink(self.path)
 
 
 def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.INFO)
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", handlers=None if sys.stderr else [logging.NullHandler()])
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     return run_program("generate.py", lambda: run_command(parse_arguments(argv)))
 
 
@@ -591,7 +683,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     """Answer the given prompts: text to standard output, rows to --output, a summary to standard error."""
     prompts = read_prompts(arguments)
-    check_outputs({"--output": arguments.output, "--trace": arguments.trace}, {"--prompt-file": arguments.prompt_file})
+    inputs = {"--prompt-file": arguments.prompt_file, "--checkpoint": arguments.checkpoint}
+    check_outputs({"--output": arguments.output, "--trace": arguments.trace}, inputs)
     model, tokenizer = load(options.checkpoint, options.device, options.dtype)
     if arguments.chat:
         prompts = [tokenizer.chat([{"role": "user", "content": p}]) if isinstance(p, str) else p for p in prompts]
@@ -599,16 +692,17 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     check_run(model.config, ids, options)
     trace = Trace(arguments.trace, options, model, ids) if arguments.trace else None
     engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
-    printer = Printer()
+    printer = Printer(goes_on=arguments.output is not None)
     batches: dict[int, Stats] = {}
-    with open(arguments.output or os.devnull, "w", encoding="utf-8") as output:
+    with RowFile(arguments.output) as output:
         for result in run(engine, tokenizer, ids, printer.print_piece, trace or no_callback):
+            output.write(asdict(result))
             printer.end_prompt(result.index)
-            print(json.dumps(asdict(result), ensure_ascii=False), file=output, flush=True)
             batches[id(result.stats)] = result.stats
     if trace:
         trace.save()
     note(summary(list(batches.values())))
+    printer.close()
 
 
 def read_prompts(arguments: argparse.Namespace) -> list:
@@ -619,7 +713,7 @@ def read_prompts(arguments: argparse.Namespace) -> list:
         return [sys.stdin.read()]
     if arguments.prompt_file is None and arguments.checkpoint != Options.checkpoint:
         raise ValueError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or - for standard input")
-    path = Path(arguments.prompt_file or MINI / "demo.txt")
+    path = MINI / "demo.txt" if arguments.prompt_file is None else Path(arguments.prompt_file)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -647,11 +741,11 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
     """Hold a conversation, one line a turn, until the end of input. Each turn reads only what is new."""
     if arguments.trace:
         raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
-    check_outputs({"--output": arguments.output})
+    check_outputs({"--output": arguments.output}, {"--checkpoint": arguments.checkpoint})
     model, tokenizer = load(options.checkpoint, options.device, options.dtype)
     tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template
     history, conversation = tokenizer.chat_history(), None
-    with open(arguments.output or os.devnull, "w", encoding="utf-8") as output:
+    with RowFile(arguments.output) as output:
         for number, text in enumerate(read_turns(arguments.prompt)):
             ids, continues = history.add_question(text)
             if continues:
@@ -663,9 +757,9 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
                 conversation = Conversation(model, tokenizer, ids, options)
             printer = Printer()
             result = conversation.answer(lambda index, piece, printer=printer: printer.print_piece(0, piece))
+            output.write(asdict(result) | {"index": number})
             printer.end_prompt(0)
             history.add_answer(result.text, result.token_ids[-1] if result.finish_reason == "stop" else None)
-            print(json.dumps(asdict(result) | {"index": number}, ensure_ascii=False), file=output, flush=True)
             note(summary([result.stats]))
 
 
@@ -684,9 +778,14 @@ def read_turns(first: str | None) -> Iterator[str]:
 
 
 class Printer:
-    """Standard output. The first unfinished prompt streams; the text of those after it waits."""
+    """Standard output. The first unfinished prompt streams; the text of those after it waits.
 
-    def __init__(self):
+    goes_on: the run goes on where standard output takes no more, because its rows go to a file; `close` then says so.
+    """
+
+    def __init__(self, goes_on: bool = False):
+        self.goes_on = goes_on
+        self.failed: OSError | None = None
         self.streaming = 0
         self.waiting: dict[int, str] = {}
         self.last = ""
@@ -696,10 +795,27 @@ class Printer:
             self.waiting[index] = self.waiting.get(index, "") + piece
         elif piece:
             self.last = piece
-            print(piece, end="", flush=True)
+            self.show(piece)
+
+    def show(self, text: str) -> None:
+        if self.failed:
+            return
+        if sys.stdout.isatty():  # what a model writes may not move the cursor or rename the window
+            text = "".join(char if category(char) != "Cc" or char in "\n\t" else "\ufffd" for char in text)
+        try:
+            print(text, end="", flush=True)
+        except OSError as error:
+            self.failed = error
+            silence_stdout()
+            if not self.goes_on:
+                raise
+
+    def close(self) -> None:
+        if self.failed:
+            raise self.failed
 
     def end_prompt(self, index: int) -> None:
-        print(end="" if self.last.endswith("\n") else "\n", flush=True)
+        self.show("" if self.last.endswith("\n") else "\n")
         self.streaming, self.last = index + 1, ""
         self.print_piece(index + 1, self.waiting.pop(index + 1, ""))
 
@@ -725,10 +841,8 @@ class Trace:
 
     def save(self) -> None:
         slots = self.prompt_slots if len(set(self.prompt_slots)) > 1 else self.prompt_slots[0]
-        unfinished = Path(self.path + ".part")
-        with open(unfinished, "wb") as file:
-            np.savez_compressed(file, pos=np.stack(self.frames), prompt_slots=slots, **asdict(self.options))
-        unfinished.replace(self.path)
+        arrays = {"pos": np.stack(self.frames), "prompt_slots": slots} | asdict(self.options)
+        replace_file(self.path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def summary(batches: list[Stats]) -> str:
@@ -746,4 +860,5 @@ def summary(batches: list[Stats]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

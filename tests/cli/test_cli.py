@@ -18,7 +18,7 @@ import torch
 import generate
 import kernels
 from checkpoints import make_checkpoint, write_json
-from generate import Engine, Options, load, main
+from generate import Engine, Options, RowFile, load, main
 from model import Llama
 from oracle import paper_budget, paper_interval, paper_selects
 
@@ -364,7 +364,9 @@ IMPOSSIBLE = {
     "--output one.txt/rows.jsonl": ["--output", "one.txt"],
     "--trace missing/trace.npz": ["--trace", "missing"],
     "--trace folder": ["--trace", "folder", "no file name"],
-    "--trace one.npz --output folder/../one.npz": ["same file"],
+    "--trace one.npz --output folder/../one.npz": ["--output, --trace name the same file"],
+    "--trace one.npz --output hard.npz": ["--output, --trace name the same file"],
+    "--trace /dev/null": ["--trace /dev/null", "no regular file"],
 }
 FILES = {  # what is wrong with a prompt file -> the file, and what must be named
     "no JSON": ("{oops}", ["bad.jsonl:1", "broken JSON"]),
@@ -396,6 +398,7 @@ def refused(capsys, tmp_path, monkeypatch, tiny):
     (tmp_path / "folder").mkdir()
     for name in ("one.txt", "one.npz", "rows.jsonl"):
         (tmp_path / name).write_text("precious")
+    os.link(tmp_path / "one.npz", tmp_path / "hard.npz")
 
     def refused(*argv, checkpoint=tiny):
         if "--output" not in argv:
@@ -454,6 +457,113 @@ def test_the_prompt_file_is_not_overwritten_by_the_output(refused, tmp_path):
     (tmp_path / "link.jsonl").symlink_to(file)
     for other_name in ("five.jsonl", "./folder/../five.jsonl", "link.jsonl"):
         assert "same file" in refused("--prompt-file", file, "--output", other_name)
+
+
+@pytest.mark.parametrize("flag", ["--output", "--trace"])
+def test_no_file_of_the_checkpoint_is_overwritten(refused, tmp_path, tiny, flag):
+    before = contents(tiny)
+    (tmp_path / "link").symlink_to(tiny / "model.safetensors")
+    for path in (tiny / "model.safetensors", tiny / "new.jsonl", "link"):
+        assert f"lies in --checkpoint {tiny}" in refused("--prompt", "the cat", flag, str(path))
+    assert contents(tiny) == before
+
+
+def test_a_chat_that_is_refused_leaves_the_output_as_it_was(refused, chatty):
+    line = refused("--chat", "--prompt", "x", "--max-context", "100000", checkpoint=chatty)
+    assert "max_context is 100000" in line
+
+
+def test_an_empty_name_of_a_prompt_file_is_not_the_demo(refused):
+    """As from `--prompt-file "$UNSET"`."""
+    assert "prompt file . cannot be read" in refused("--prompt-file", "")
+
+
+def test_a_second_run_on_the_same_output_is_refused_and_the_first_keeps_its_rows(refused, tmp_path):
+    with RowFile(str(tmp_path / "rows.jsonl")) as first:
+        assert "another run is writing to it" in refused("--prompt", "the cat")
+        first.write({"index": 0})
+    assert (tmp_path / "rows.jsonl").read_text() == '{"index": 0}\n'
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path, monkeypatch):
+    with RowFile(str(tmp_path / "rows.jsonl")) as output:
+        output.write({"index": 0})
+        room = io.FileIO(str(tmp_path / "rows.jsonl"), "a")
+        monkeypatch.setattr(output, "file", HalfFull(room))
+        with pytest.raises(OSError, match="1 rows are in the file"):
+            output.write({"index": 1})
+    assert (tmp_path / "rows.jsonl").read_text() == '{"index": 0}\n'
+
+
+class HalfFull:
+    """A file on a disk that has room for three more bytes."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, line):
+        return self.file.write(line[:3])
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+def test_a_trace_follows_a_link_and_leaves_nothing_beside_it(run, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.npz").symlink_to(tmp_path / "real" / "trace.npz")
+    assert run("--no-compile --max-new-tokens 3 --trace", str(tmp_path / "link.npz"), "--prompt", PROMPT).status == 0
+    assert (tmp_path / "link.npz").is_symlink() and os.listdir(tmp_path / "real") == ["trace.npz"]
+
+
+@pytest.mark.parametrize("flags", ["--temperature 1e-38", "--temperature 1e-320", "--temperature 1 --top-p 1e-46"])
+def test_a_tiny_temperature_or_top_p_is_greedy_in_the_limit(run, flags):
+    greedy = run("--no-compile --max-new-tokens 8 --ignore-eos", "--prompt", PROMPT).ids
+    assert run(f"--no-compile --max-new-tokens 8 --ignore-eos {flags}", "--prompt", PROMPT).ids == greedy
+
+
+def test_what_standard_output_cannot_take_costs_no_row(tmp_path, tiny):
+    """An ASCII terminal shows "?"; a full one, or a reader who has left, ends the text but not the run."""
+    argv = [sys.executable, str(SCRIPT), "--checkpoint", str(tiny), "--no-compile", "--ignore-eos"]
+    argv += ["--max-new-tokens", "5", "--prompt-file", write_lines(tmp_path / "five.jsonl", FIVE)]
+    rows = {}
+    for name, stdout in (("plain", "/dev/null"), ("full", "/dev/full")):
+        with open(stdout, "w") as sink:
+            done = subprocess.run(
+                [*argv, "--output", str(tmp_path / name)], stdout=sink, stderr=subprocess.PIPE, text=True
+            )
+        rows[name] = [json.loads(line)["token_ids"] for line in (tmp_path / name).read_text().splitlines()]
+        assert done.returncode == {"plain": 0, "full": 2}[name] and "Traceback" not in done.stderr
+    assert rows["full"] == rows["plain"] and len(rows["plain"]) == 5
+    assert "No space left" in done.stderr.splitlines()[-1]
+
+
+def test_notes_do_not_reach_standard_output_when_standard_error_is_closed(tiny):
+    argv = [sys.executable, str(SCRIPT), "--checkpoint", str(tiny), "--prompt", PROMPT, *SHORT]
+    both = subprocess.run(argv, capture_output=True, text=True)
+    alone = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "sh", *argv], stdout=subprocess.PIPE, text=True)
+    assert (alone.returncode, alone.stdout) == (0, both.stdout)
+
+
+def test_a_compiler_that_fails_is_one_line_that_names_the_way_out(refused, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("InductorError: CppCompileError: C++ compile error\n\n" + "output\n" * 100)
+
+    monkeypatch.setattr(Engine, "decode", fail)
+    line = refused("--prompt", "the cat", "--compile")
+    assert "torch.compile failed" in line and line.endswith("run with --no-compile")
+
+
+def test_a_single_text_is_no_list_of_prompts(tiny):
+    model, tokenizer = load(str(tiny))
+    with pytest.raises(ValueError, match="prompts is 'the cat'.*a list of prompts"):
+        generate.generate(model, tokenizer, "the cat")
+
+
+def test_a_folder_of_the_user_goes_before_the_bundled_checkpoint(run, tmp_path, monkeypatch, tiny):
+    wanted = run("--no-compile --max-new-tokens 6", "--prompt", PROMPT).ids
+    shutil.copytree(tiny, tmp_path / "checkpoints" / "mini")
+    monkeypatch.chdir(tmp_path)
+    assert run("--no-compile --max-new-tokens 6", "--prompt", PROMPT, checkpoint="checkpoints/mini").ids == wanted
 
 
 def test_an_empty_path_is_a_mistake_and_no_wish_for_no_output(refused):
@@ -614,6 +724,15 @@ def test_ctrl_c_ends_a_run_with_one_word_wherever_it_comes(capsys, monkeypatch, 
     assert [line for line in said if not line.startswith("loading ")] == ["generate.py: interrupted"]
 
 
+def test_ctrl_c_during_the_imports_is_no_traceback():
+    hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    process = subprocess.Popen([sys.executable, str(SCRIPT), "--help"], stderr=subprocess.PIPE, stdout=-3, **hears)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and "Traceback" not in said
+
+
 def test_ctrl_c_at_the_prompt_sign_ends_a_conversation(capsys, monkeypatch, chatty):
     monkeypatch.setattr("builtins.input", interrupt)
     assert main(["--checkpoint", str(chatty), "--chat", *SHORT]) == 130
@@ -642,13 +761,14 @@ def test_ctrl_c_keeps_the_rows_of_the_running_batch_that_had_stopped(tiny):
 
 @pytest.fixture
 def start(tmp_path, tiny):
-    """A run in a process of its own: many prompts one after another, so that it is never done when it is cut short."""
-    prompts = write_lines(tmp_path / "many.jsonl", [{"prompt": PROMPT}] * 2500)
+    """A run in a process of its own: many prompts one after another, so that it is not done when it is cut short."""
+    prompts = str(tmp_path / "many.jsonl")
     argv = [sys.executable, str(SCRIPT), "--checkpoint", str(tiny), "--prompt-file", prompts, "--batch-size", "1"]
     argv += ["--no-compile", "--ignore-eos", "--max-new-tokens", "20", "--output", str(tmp_path / "rows.jsonl")]
     started = []
 
-    def start(stdout):
+    def start(stdout, n_prompts=2500):
+        write_lines(tmp_path / "many.jsonl", [{"prompt": PROMPT}] * n_prompts)
         hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # a job in the background does not
         started.append(subprocess.Popen(argv, stdout=stdout, stderr=subprocess.PIPE, **hears))
         return started[0]
@@ -677,12 +797,12 @@ def test_ctrl_c_leaves_one_clean_line_and_the_finished_rows(start, tmp_path, tin
     assert all(len(row["token_ids"]) == 20 for row in rows)
 
 
-def test_a_reader_who_leaves_ends_the_run_without_a_word(start, tmp_path, tiny):
+def test_a_reader_who_leaves_ends_the_text_but_not_the_rows(start, tmp_path, tiny):
     """As in `generate.py ... | head -c 9`."""
-    process = start(subprocess.PIPE)
+    process = start(subprocess.PIPE, n_prompts=40)
     assert len(process.stdout.read(9)) == 9
     process.stdout.close()
     said = process.stderr.read().decode().splitlines()
     assert process.wait(timeout=30) == 1
-    assert said == [f"loading {tiny}"]
-    assert len(finished_rows(tmp_path)) < 2500
+    assert said[0] == f"loading {tiny}" and not any("rror" in line for line in said)
+    assert len(finished_rows(tmp_path)) == 40
