@@ -12,7 +12,6 @@ if __name__ == "__main__":  # Ctrl-C during the 3 s in which torch is imported e
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import argparse
-import contextlib
 import json
 import logging
 import math
@@ -21,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from unicodedata import category
 
 import numpy as np
 import torch
@@ -31,10 +29,6 @@ import kernels
 from cache import Cache, CacheSize, CacheSnapshot, StepInput
 from model import Llama, ModelConfig
 from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE_PROMPT, Policy, PromptPolicy, one_line, require
-
-fcntl = None
-with contextlib.suppress(ImportError):
-    import fcntl  # locks --output; Windows has none
 
 log = logging.getLogger("scope")
 MINI = Path(__file__).parent / "checkpoints" / "mini"
@@ -90,8 +84,12 @@ def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dty
     log.info("loading %s", checkpoint)
     from hf import load_checkpoint  # here: a fork with a tokenizer of its own needs the five files alone
 
-    bundled = checkpoint == Options.checkpoint and not Path(checkpoint).is_dir()  # a user may have a folder so called
-    return load_checkpoint(str(MINI if bundled else checkpoint), device, dtype)
+    return load_checkpoint(place_of(checkpoint), device, dtype)
+
+
+def place_of(checkpoint: str) -> str:
+    """The default names the bundled model in any directory, but a folder of that name in this one goes first."""
+    return str(MINI) if checkpoint == Options.checkpoint and not Path(checkpoint).is_dir() else checkpoint
 
 
 # ---- generating -------------------------------------------------------------------------------------------
@@ -523,7 +521,7 @@ class Conversation:
         self.engine.resume(self.turn, self.opening)
 
 
-# ---- the command line (the benchmarks share these four) ----------------------------------------------------
+# ---- the command line (the benchmarks share these three) ----------------------------------------------------
 
 
 def note(text: str) -> None:
@@ -542,6 +540,8 @@ def run_program(name: str, work: Callable[[], None]) -> int:
         work()
         return 0
     except BrokenPipeError:
+        from cli.output import silence_stdout
+
         silence_stdout()
         return 1
     except (ValueError, OSError) as error:
@@ -550,94 +550,6 @@ def run_program(name: str, work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         note(f"\n{name}: interrupted")
         return 130
-
-
-def check_outputs(outputs: dict[str, str | None], inputs: dict[str, str | None] | None = None) -> None:
-    """Refuse an output that could not be written or would replace another file of the run. Flags -> paths or None.
-
-    An input that is a folder is a checkpoint: none of its files is an output.
-    """
-    others = {flag: Path(path) for flag, path in (inputs or {}).items() if path is not None}
-    for flag, path in ((flag, Path(path)) for flag, path in outputs.items() if path is not None):
-        if not outputs[flag] or path.is_dir():
-            raise ValueError(f"{flag} {outputs[flag]!r} is no file name: give a file")
-        if not path.parent.is_dir():
-            raise ValueError(f"{flag} {path}: there is no directory {path.parent}")
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise ValueError(f"{flag} {path} cannot be written: no permission")
-        if path.exists() and not path.is_file() and flag != "--output":
-            raise ValueError(f"{flag} {path} is no regular file: it would be replaced, so give a file")
-        for name, other in others.items():
-            if other.is_dir() and same_file(path.resolve().parent, other):
-                raise ValueError(f"{flag} {path} lies in {name} {other}: the run reads that folder, so give another")
-            if same_file(path, other):
-                raise ValueError(f"{name}, {flag} name the same file, {path}: give each its own")
-        others[flag] = path
-
-
-def same_file(a: Path, b: Path) -> bool:
-    """Whether two names mean one file: two links to it are one, and so is a name of a file that is still to be made."""
-    return a.samefile(b) if a.exists() and b.exists() else a.resolve() == b.resolve()
-
-
-def silence_stdout() -> None:
-    """Nobody takes what is printed: Python would say so once more when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def replace_file(path: str, write: Callable) -> None:
-    """write(file) makes the new content; the old file stays until it is complete. A link is followed."""
-    whole = Path(path).resolve()
-    unfinished = whole.with_name(whole.name + ".part")
-    try:
-        with open(unfinished, "wb") as file:
-            write(file)
-        unfinished.replace(whole)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-class RowFile:
-    """--output: a .jsonl file that keeps every row it was given. Without a path, the rows go nowhere.
-
-    What the file held is replaced when the first row comes, not before. A second run on the same file is refused.
-    """
-
-    def __init__(self, path: str | None):
-        self.path = path or os.devnull
-        self.rows = 0
-
-    def __enter__(self) -> "RowFile":
-        existed = os.path.exists(self.path)
-        self.file = open(self.path, "ab", buffering=0)
-        self.regular = Path(self.path).is_file()
-        self.is_new = self.regular and not existed
-        if self.regular and fcntl:
-            try:
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                self.file.close()
-                raise ValueError(f"--output {self.path}: another run is writing to it, so give another file") from None
-        return self
-
-    def write(self, row: dict) -> None:
-        if self.regular and not self.rows:
-            self.file.truncate(0)
-        self.rows += 1
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-        end = self.file.seek(0, os.SEEK_END) if self.regular else 0
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(f"--output {self.path}: the disk is full, {self.rows - 1} rows are in the file")
-        except OSError:
-            if self.regular:
-                self.file.truncate(end)  # no half a row
-            raise
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
-        if self.is_new and not self.rows:
-            os.unlink(self.path)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -682,8 +594,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     """Answer the given prompts: text to standard output, rows to --output, a summary to standard error."""
+    from cli.output import Printer, RowFile, check_outputs
+
     prompts = read_prompts(arguments)
-    inputs = {"--prompt-file": arguments.prompt_file, "--checkpoint": arguments.checkpoint}
+    inputs = {"--prompt-file": arguments.prompt_file, "--checkpoint": place_of(arguments.checkpoint)}
     check_outputs({"--output": arguments.output, "--trace": arguments.trace}, inputs)
     model, tokenizer = load(options.checkpoint, options.device, options.dtype)
     if arguments.chat:
@@ -739,9 +653,11 @@ def parse_prompt(line: str, where: str) -> str | list[int]:
 
 def run_chat(arguments: argparse.Namespace, options: Options) -> None:
     """Hold a conversation, one line a turn, until the end of input. Each turn reads only what is new."""
+    from cli.output import Printer, RowFile, check_outputs
+
     if arguments.trace:
         raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
-    check_outputs({"--output": arguments.output}, {"--checkpoint": arguments.checkpoint})
+    check_outputs({"--output": arguments.output}, {"--checkpoint": place_of(arguments.checkpoint)})
     model, tokenizer = load(options.checkpoint, options.device, options.dtype)
     tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template
     history, conversation = tokenizer.chat_history(), None
@@ -777,49 +693,6 @@ def read_turns(first: str | None) -> Iterator[str]:
             return
 
 
-class Printer:
-    """Standard output. The first unfinished prompt streams; the text of those after it waits.
-
-    goes_on: the run goes on where standard output takes no more, because its rows go to a file; `close` then says so.
-    """
-
-    def __init__(self, goes_on: bool = False):
-        self.goes_on = goes_on
-        self.failed: OSError | None = None
-        self.streaming = 0
-        self.waiting: dict[int, str] = {}
-        self.last = ""
-
-    def print_piece(self, index: int, piece: str) -> None:
-        if index != self.streaming:
-            self.waiting[index] = self.waiting.get(index, "") + piece
-        elif piece:
-            self.last = piece
-            self.show(piece)
-
-    def show(self, text: str) -> None:
-        if self.failed:
-            return
-        if sys.stdout.isatty():  # what a model writes may not move the cursor or rename the window
-            text = "".join(char if category(char) != "Cc" or char in "\n\t" else "\ufffd" for char in text)
-        try:
-            print(text, end="", flush=True)
-        except OSError as error:
-            self.failed = error
-            silence_stdout()
-            if not self.goes_on:
-                raise
-
-    def close(self) -> None:
-        if self.failed:
-            raise self.failed
-
-    def end_prompt(self, index: int) -> None:
-        self.show("" if self.last.endswith("\n") else "\n")
-        self.streaming, self.last = index + 1, ""
-        self.print_piece(index + 1, self.waiting.pop(index + 1, ""))
-
-
 class Trace:
     """--trace: the positions in all slots after prefill and after every step, of one batch, at most 1 GiB."""
 
@@ -840,6 +713,8 @@ class Trace:
         self.frames.append(cache.positions().cpu().numpy())
 
     def save(self) -> None:
+        from cli.output import replace_file
+
         slots = self.prompt_slots if len(set(self.prompt_slots)) > 1 else self.prompt_slots[0]
         arrays = {"pos": np.stack(self.frames), "prompt_slots": slots} | asdict(self.options)
         replace_file(self.path, lambda file: np.savez_compressed(file, **arrays))

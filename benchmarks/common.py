@@ -19,7 +19,8 @@ import kernels
 import model as model_file
 import scope
 from benchmarks import plots, report
-from generate import MINI, Options, Parser, check_outputs, generate, note, size_of
+from cli.output import check_outputs
+from generate import Options, Parser, generate, note, place_of, size_of
 from hf.checkpoint import find_checkpoint
 from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 
@@ -108,7 +109,7 @@ def check_flags(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     for method in given.get("methods", []):
         parse_method(method)
-    inputs = {"--data": "data", "--score-only": "score_only", "--checkpoint": "checkpoint", "--gguf": "gguf"}
+    inputs = {"--data": "data", "--score-only": "score_only", "--checkpoint": "checkpoint"}
     texts = {f"--text {path}": path for path in given.get("text") or []}
     outputs = {"--json": "json", "--plot": "plot", "--predictions": "predictions"}
     check_outputs(
@@ -297,7 +298,7 @@ def fingerprint(model: torch.nn.Module, checkpoint: str) -> str:
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    folder = MINI if checkpoint == Options.checkpoint else find_checkpoint(checkpoint)
+    folder = find_checkpoint(place_of(checkpoint))
     texts = [path for path in folder.iterdir() if path.suffix in (".json", ".model", ".jinja")]
     code = [Path(module.__file__) for module in (cache, kernels, model_file, scope)]
     for path in sorted(texts) + code:

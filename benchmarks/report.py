@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from generate import replace_file
+from cli.output import replace_file
 
 LABELS = ("source", "method", "prompt_share", "decode_budget")  # rows that agree in these make one line of a table
 

@@ -15,10 +15,10 @@ model, tokenizer = load("checkpoints/mini")
 prompt = (ROOT / "checkpoints" / "mini" / "demo.txt").read_text()
 
 # 3. Generate. `generate` yields one result per prompt. compile=False starts at once and decodes slower.
-for policy in ("full", "discontinuous"):
-    [result] = generate(model, tokenizer, [prompt], policy, heavy=128, recent=64, max_new_tokens=512, compile=False)
+for name in ("full", "discontinuous"):
+    [result] = generate(model, tokenizer, [prompt], name, heavy=128, recent=64, max_new_tokens=512, compile=False)
 
     # 4. The result has the text, the token ids, and statistics of the run.
-    print(f"{policy}: {len(result.token_ids)} tokens, finished by {result.finish_reason}")
+    print(f"{name}: {len(result.token_ids)} tokens, finished by {result.finish_reason}")
     print(f"  {result.text.splitlines()[-1]}")
     print(f"  {result.stats.decode_slots} decode slots per KV head, {result.stats.kv_bytes:,} bytes of KV cache")

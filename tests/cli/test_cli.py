@@ -18,7 +18,8 @@ import torch
 import generate
 import kernels
 from checkpoints import make_checkpoint, write_json
-from generate import Engine, Options, RowFile, load, main
+from cli.output import RowFile
+from generate import Engine, Options, load, main
 from model import Llama
 from oracle import paper_budget, paper_interval, paper_selects
 

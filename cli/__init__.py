@@ -1,0 +1,1 @@
+"""What the command line writes: standard output, rows, whole files."""
