@@ -265,7 +265,8 @@ def test_a_new_score_is_one_function_and_one_table_line(tmp_path):
     assert len(NEW_SCORE.strip().splitlines()) <= 15
     for file in ("scope.py", "cache.py", "kernels.py", "model.py", "generate.py"):
         shutil.copy(ROOT / file, tmp_path)
-    shutil.copytree(ROOT / "hf", tmp_path / "hf", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("hf", "cli"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = (tmp_path / "scope.py").read_text()
     assert source.count("\nSCORES = {") == 1
     (tmp_path / "scope.py").write_text(source.replace("\nSCORES = {", NEW_SCORE))

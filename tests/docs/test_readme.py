@@ -135,7 +135,7 @@ def test_the_new_score_works_as_printed(tmp_path):
     """Edits a copy of scope.py as the README says, and runs the copy."""
     for name in ("scope.py", "cache.py", "kernels.py", "model.py", "generate.py"):
         shutil.copy(ROOT / name, tmp_path)
-    for name in ("hf", "checkpoints"):
+    for name in ("hf", "cli", "checkpoints"):
         shutil.copytree(ROOT / name, tmp_path / name)
     [new] = [block for language, block in blocks(README) if language == "python" and "SCORES" in block]
     scope = (tmp_path / "scope.py").read_text()
