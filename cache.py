@@ -97,12 +97,12 @@ class LayerCache(nn.Module):
         if kept is not None:
             pos = self.choose_prompt(lengths, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
-        n = pos.shape[2]
-        self.k[:, :, :n] = k
-        self.v[:, :, :n] = v
-        self.pos[:, :, :n] = pos
+        n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
+        self.k[:, :, :n] = k[:, :, :n]
+        self.v[:, :, :n] = v[:, :, :n]
+        self.pos[:, :, :n] = pos[:, :, :n]
         if self.prompt_is_evictable:
-            self.score[:, :, :n] = score
+            self.score[:, :, :n] = score[:, :, :n]
             self.count_prompt(lengths)
         return y
 

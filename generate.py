@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 import kernels
-from cache import Cache, CacheSize, CacheSnapshot, StepInput
+from cache import Cache, CacheSize, CacheSnapshot, StepInput, round_up
 from model import Llama, ModelConfig
 from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE_PROMPT, Policy, PromptPolicy, one_line, require
 
@@ -276,6 +277,7 @@ class Engine:
         self.options = options
         self.size = size
         self.device = model.embed.weight.device
+        self.check_memory()
         self.cache = self.allocate(*options.rules(), size, self.device)
         self.sampler = sampler or kernels.Sampler(options, [] if options.ignore_eos else stop_ids).to(self.device)
         self.decode_step = decode_step
@@ -288,6 +290,14 @@ class Engine:
         self.prompt_live = 0.0  # tokens that the fullest row held before the first step
         self.decode_started = 0.0
         self.compile_s = self.compile() if options.compile else 0.0
+
+    def check_memory(self) -> None:
+        """Raises ValueError for a cache that does not fit: the system would kill the process when it fills up."""
+        need, free = self.allocate(*self.options.rules(), self.size, "meta").nbytes, free_memory(self.device)
+        if need > free:
+            rows = int(self.size.batch * free / need)
+            remedy = f"lower --batch-size to {rows}" if rows else "lower --max-new-tokens, or shorten the prompt"
+            raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")
 
     def allocate(self, policy: Policy, prompt: PromptPolicy, size: CacheSize, device) -> Cache:
         try:
@@ -343,7 +353,7 @@ class Engine:
         prompts = prompts + prompts[-1:] * missing
         self.reset(indexes + indexes[-1:] * missing)
         lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
-        width = max(len(ids) for ids in prompts)
+        width = padded_width(max(len(ids) for ids in prompts))
         block = torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts], device=self.device)
         positions = torch.arange(width, device=self.device).expand_as(block)
         hidden = self.model(block, positions, self.cache.begin_prefill(lengths.tolist()))
@@ -420,6 +430,28 @@ class Engine:
             decode_s=decode_s,
             tokens_per_s=sum(len(row.tokens) - 1 for row in rows) / decode_s,
         )
+
+
+def padded_width(n: int) -> int:
+    """A little more than n, so that few widths occur: oneDNN keeps a kernel for each shape that it has seen.
+
+    5 -> 8, 100 -> 104, 1000 -> 1024: eight widths from each power of two to the next.
+    """
+    return round_up(n, max(8, 2 ** n.bit_length() // 16))
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that the process may still take, of the GPU or of the machine and its cgroup; inf where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [math.inf]
+    if Path("/proc/meminfo").exists():
+        free += [1024 * int(kb) for kb in re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())]
+    limit, used, parts = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        file_cache = re.search(r"^file (\d+)", parts.read_text(), re.MULTILINE)  # the system can take that back
+        free.append(int(limit.read_text()) - int(used.read_text()) + int(file_cache[1] if file_cache else 0))
+    return min(free)
 
 
 def check_compiler() -> None:

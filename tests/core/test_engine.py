@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
+import kernels
 from checkpoints import make_checkpoint
-from generate import CPU_OPTIONS, Engine, Options, generate, run, size_of
+from generate import CPU_OPTIONS, Engine, Options, free_memory, generate, padded_width, run, size_of
 from scope import SCORES, STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,38 @@ def test_a_batch_leaves_nothing_behind_for_the_next_one(tiny, policy, score):
 @pytest.mark.parametrize("changes", [{}, {"compress": "snapkv", "prompt_budget": 5, "obs_window": 2}])
 def test_more_prompt_slots_than_needed_change_nothing(tiny, policy, changes):
     assert tokens(tiny, policy=policy, max_context=200, **changes) == tokens(tiny, policy=policy, **changes)
+
+
+def test_few_widths_occur_and_none_is_much_wider_than_the_prompt():
+    widths = [padded_width(n) for n in range(1, 8193)]
+    assert all(n <= width <= max(n + 7, n * 9 / 8) for n, width in enumerate(widths, 1)) and len(set(widths)) < 80
+
+
+def test_prompts_of_other_lengths_are_prefilled_in_the_same_shape(tiny, monkeypatch):
+    seen, real = set(), kernels.causal_attention
+    monkeypatch.setattr(kernels, "causal_attention", lambda q, k, v: (seen.add(q.shape), real(q, k, v))[1])
+    tokens(tiny, [[5] * 65, [5] * 70, [5] * 72], batch_size=1)
+    assert len(seen) == 1
+
+
+def test_a_cache_that_does_not_fit_is_refused_with_the_batch_that_does(tiny, monkeypatch):
+    need = tokens_bytes(tiny, batch_size=3)
+    monkeypatch.setattr("generate.free_memory", lambda device: need * 0.7)
+    with pytest.raises(ValueError, match=r"the KV cache takes .* GB are free: lower --batch-size to 2"):
+        tokens(tiny, batch_size=3)
+    assert tokens(tiny, batch_size=2)
+    monkeypatch.setattr("generate.free_memory", lambda device: 10)
+    with pytest.raises(ValueError, match="lower --max-new-tokens, or shorten the prompt"):
+        tokens(tiny, batch_size=1)
+
+
+def tokens_bytes(tiny, **settings):
+    return next(generate(*tiny, PROMPTS, "discontinuous", **RUN | settings)).stats.kv_bytes
+
+
+def test_the_memory_of_this_machine_is_known_where_linux_says_it():
+    free = free_memory(torch.device("cpu"))
+    assert free > 10**7 and (free < 10**15 or not Path("/proc/meminfo").exists())
 
 
 def test_generate_takes_options_too(tiny):
