@@ -23,7 +23,8 @@ from model import ModelConfig
 from scope import Policy, PromptPolicy, for_layer, schedule
 
 PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer prompt finds its graphs compiled
-READ_BUCKET = 256  # the prefix that attention reads grows by this many slots: each length compiles graphs of its own
+READ_BUCKET = 256  # the prefix that attention reads grows by at least this many slots ...
+READ_LENGTHS = 4  # ... and has at most so many lengths: each one compiles graphs of its own
 
 
 class CacheSize(NamedTuple):
@@ -85,10 +86,10 @@ class LayerCache(nn.Module):
 
     # ---- prefill
 
-    def fill(self, lengths: Tensor, kept: Tensor | None, prompt: PromptPolicy, q, k: Tensor, v: Tensor) -> Tensor:
-        """Attend over the whole prompt, then store the part of K and V [B, H, S, head_dim] that stays.
+    def fill(self, rows: Tensor, lengths: Tensor, kept: Tensor | None, prompt: PromptPolicy, q, k, v) -> Tensor:
+        """Attend over whole prompts, then store the part of K and V [n, H, S, head_dim] that stays.
 
-        lengths [B]: tokens of each row's prompt. kept [B]: how many of them stay; None: all.
+        rows [n]: of the batch. lengths [n]: tokens of each one's prompt. kept [n]: how many of them stay; None: all.
         """
         y = kernels.causal_attention(q, k, v)
         slot = kernels.slot_numbers(k)
@@ -98,13 +99,17 @@ class LayerCache(nn.Module):
             pos = self.choose_prompt(lengths, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
         n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
-        self.k[:, :, :n] = k[:, :, :n]
-        self.v[:, :, :n] = v[:, :, :n]
-        self.pos[:, :, :n] = pos[:, :, :n]
+        self.k[rows, :, :n] = k[:, :, :n]
+        self.v[rows, :, :n] = v[:, :, :n]
+        self.pos[rows, :, :n] = pos[:, :, :n]
         if self.prompt_is_evictable:
-            self.score[:, :, :n] = score[:, :, :n]
-            self.count_prompt(lengths)
+            self.score[rows, :, :n] = score[:, :, :n]
         return y
+
+    def repeat_row(self, n: int) -> None:
+        """Copy row n - 1 to all rows after it."""
+        for buffer in (self.k, self.v, self.pos, self.score):
+            buffer[n:] = buffer[n - 1]
 
     def count_prompt(self, lengths: Tensor) -> None:
         """Before an output: note how many tokens each head holds, and how many are missing after each of them.
@@ -322,9 +327,11 @@ class Cache(nn.Module):
     def find_graph_keys(self, steps: list, n_slots: int) -> list[tuple[bool, int]]:
         """For each step, what names its compiled graph: whether it selects, and how many decode slots it reads.
 
-        The full cache reads all of them, as static caches do; a pool that grows reads what it has grown to.
+        The full cache reads all of them, as static caches do; a pool that grows reads what it has grown to, in at most
+        READ_LENGTHS lengths: 1,024 slots are read in steps of 256, 9,216 in steps of 2,304.
         """
-        bucket = READ_BUCKET if self.policy.strategy.grows else n_slots
+        bucket = max(READ_BUCKET, round_up(n_slots, READ_LENGTHS) // READ_LENGTHS)
+        bucket = bucket if self.policy.strategy.grows else n_slots
         reads = [min(round_up(used, bucket), n_slots) for used in self.slots_at]
         return [(any(step.evict for step in layers), n) for layers, n in zip(steps, reads, strict=True)]
 
@@ -360,16 +367,27 @@ class Cache(nn.Module):
         for layer in self.layers:
             layer.reset()
 
-    def begin_prefill(self, lengths: list[int]) -> list:
-        """Prepare for right-padded prompts of these lengths; returns the attention of each layer that reads them."""
+    def begin_prefill(self, lengths: list[int]) -> None:
+        """Prepare for prompts of these lengths, one a row."""
         kept = [[self.kept_of(layer.layer, length) for length in lengths] for layer in self.layers]
         self.used = [self.slots_for(layer.layer, lengths) for layer in self.layers]
         self.position = max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
         self.kept.copy_(torch.tensor(kept))
-        keeps = [None if row == lengths else self.kept[layer] for layer, row in enumerate(kept)]
+
+    def prefill_attention(self, rows: Tensor) -> list:
+        """The attention of each layer that reads the right-padded prompts of these rows [n]."""
+        lengths = self.lengths[rows]
+        keeps = [None if bool((kept == lengths).all()) else kept for kept in self.kept[:, rows]]
         pairs = zip(self.layers, keeps, strict=True)
-        return [partial(layer.fill, self.lengths, keep, self.prompt) for layer, keep in pairs]
+        return [partial(layer.fill, rows, lengths, keep, self.prompt) for layer, keep in pairs]
+
+    def end_prefill(self, n: int) -> None:
+        """All rows below n are read; the rows after them become copies of the last one."""
+        for layer in self.layers:
+            layer.repeat_row(n)
+            if layer.prompt_is_evictable:
+                layer.count_prompt(self.lengths)
 
     def step_input(self, t: int, reads: int) -> StepInput:
         """The input of step t, counted from 1, for a graph that reads this many decode slots and all prompt slots."""

@@ -11,18 +11,15 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the 3 s in which torch is imported ends quietly too
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import argparse
-import json
 import logging
 import math
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,6 +54,7 @@ class Options:
     top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
     seed: int = option(0, "of the sampling; prompt i of a run draws the same numbers whatever the batch size")
     ignore_eos: bool = option(False, "do not stop at a stop token")
+    stop: tuple = option((), "end an answer before this text; may be given several times")
     batch_size: int = option(8, "most prompts that run together")
     max_context: int = option(0, "slots per KV head for the prompt and, in a conversation, for all that follows it; "
                               "0: what the prompts need, in a conversation 4096 or what the model allows")  # fmt: skip
@@ -73,6 +71,8 @@ class Options:
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_context >= 0, "max_context", self.max_context, "0 (automatic) or more")
+        object.__setattr__(self, "stop", tuple(self.stop))
+        require(all(isinstance(text, str) and text for text in self.stop), "stop", list(self.stop), "texts, none empty")
 
     def rules(self) -> tuple[Policy, PromptPolicy]:
         """What scope.py makes of these settings, for generated tokens and for the prompt."""
@@ -115,6 +115,7 @@ class Stats:
     kv_bytes_full: int  # of a full static cache for the same prompt slots + T
     prefill_s: float
     compile_s: float  # of the run, the same for all of its batches
+    eager_step_s: float  # what one step took before it was compiled; 0 where nothing was
     decode_s: float
     tokens_per_s: float  # tokens of all rows that decode steps made, over decode_s
 
@@ -127,12 +128,21 @@ class Result:
     prompt_len: int
     token_ids: list[int]
     text: str
-    finish_reason: str  # "stop" or "length"
+    finish_reason: str  # "stop", "length" or, in a conversation, "interrupted"
     stats: Stats
 
 
+@dataclass(frozen=True)
+class Request:
+    """A prompt of a run, and the most tokens of its answer."""
+
+    index: int
+    ids: list[int]
+    max_new_tokens: int
+
+
 def no_callback(*arguments) -> None:
-    """The default of on_text and on_step."""
+    """The default of on_text, on_step and should_stop."""
 
 
 def generate(
@@ -149,7 +159,8 @@ def generate(
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     check_run(model.config, ids, options)
     engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
-    return run(engine, tokenizer, ids, on_text or no_callback, on_step or no_callback)
+    requests = [Request(i, prompt, options.max_new_tokens) for i, prompt in enumerate(ids)]
+    return run(engine, tokenizer, requests, on_text or no_callback, on_step or no_callback)
 
 
 def options_from(policy: str | Options, settings: dict) -> Options:
@@ -186,70 +197,120 @@ def size_of(prompts: list[list[int]], options: Options) -> CacheSize:
     return CacheSize(min(options.batch_size, len(prompts)), lengths, options.max_new_tokens, options.max_context)
 
 
-def run(engine: "Engine", tokenizer, prompts: list[list[int]], on_text=no_callback, on_step=no_callback):
-    """Yields the Result of each prompt, batch after batch through the same buffers."""
+def run(engine: "Engine", tokenizer, requests: list[Request], on_text=no_callback, on_step=no_callback):
+    """Yields the Result of each request, batch after batch through the same buffers."""
     size = engine.size.batch
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        rows = [Row(start + i, ids, tokenizer.stream()) for i, ids in enumerate(batch)]
+    for start in range(0, len(requests), size):
+        batch = requests[start : start + size]
+        rows = [Row(request, tokenizer.stream(), engine.options.stop) for request in batch]
         interrupt = None
         try:
-            first_token = engine.prefill(batch, [row.index for row in rows])
+            first_token = engine.prefill([request.ids for request in batch], [request.index for request in batch])
             on_step(engine.cache)
             decode_rows(engine, rows, first_token, READ_EVERY[engine.device.type], on_text, on_step)
         except KeyboardInterrupt as error:  # rows that are complete are not lost
             interrupt = error
         stats = engine.stats(rows)
-        yield from (row.result(tokenizer, stats) for row in rows if row.stopped or not interrupt)
+        yield from (row.result(tokenizer, stats) for row in rows if row.finish_reason or not interrupt)
         if interrupt:
             raise interrupt
 
 
-def decode_rows(engine: "Engine", rows: list["Row"], first_token: Tensor, read_every: int, on_text, on_step) -> None:
-    """first_token [B]: what prefill gave each row; read_every: steps between two looks at which rows have stopped."""
+def decode_rows(
+    engine: "Engine", rows: list["Row"], first_token: Tensor, read_every: int, on_text, on_step, should_stop=no_callback
+) -> None:
+    """first_token [B]: what prefill gave each row; read_every: steps between two looks at which rows have stopped.
+    should_stop() is asked after each step."""
     engine.start_decode()
     pending = [first_token]  # tokens on the device that no row has taken yet
     for t in range(1, engine.options.max_new_tokens):
         if len(pending) == read_every:
             deliver(engine, rows, pending, on_text)
             pending.clear()
-            if all(row.stopped for row in rows):
+            if all(row.finish_reason for row in rows):
                 return
         pending.append(engine.decode(t))
         on_step(engine.cache)
+        if should_stop():
+            break
     deliver(engine, rows, pending, on_text)
     for row in rows:
-        on_text(row.index, row.stream.push([], last=True))
+        if not row.finish_reason:
+            on_text(row.index, row.end("interrupted"))
 
 
 def deliver(engine: "Engine", rows: list["Row"], pending: list[Tensor], on_text) -> None:
     """Hand tokens to the rows. Only here the host waits for the device: it copies all tokens and stop flags at once."""
     *steps, stopped = torch.stack([*pending, engine.stopped.long()]).tolist()
     for i, row in enumerate(rows):
-        if text := row.take([step[i] for step in steps if step[i] >= 0], bool(stopped[i])):
+        tokens = [step[i] for step in steps]
+        if kernels.BROKEN in tokens and not row.finish_reason:
+            broken = f"prompt {row.index}: the logits of token {len(row.tokens) + tokens.index(kernels.BROKEN) + 1}"
+            raise ValueError(f"{broken} are not finite: try --dtype float32, or other weights")
+        if text := row.take([token for token in tokens if token >= 0], bool(stopped[i])):
             on_text(row.index, text)
 
 
-@dataclass
 class Row:
-    """One prompt of a running batch, on the host's side."""
+    """One request of a running batch, on the host's side."""
 
-    index: int
-    prompt: list[int]
-    stream: "hf.tokenizer.TextStream"  # noqa: F821
-    tokens: list[int] = field(default_factory=list)  # generated, a stop token included
-    stopped: bool = False
+    def __init__(self, request: Request, stream: "hf.tokenizer.TextStream", stop: tuple[str, ...]):  # noqa: F821
+        self.index = request.index
+        self.request = request
+        self.stream = stream
+        self.stop = stop
+        self.tokens: list[int] = []  # generated, a stop token included
+        self.text = ""  # of these tokens, as far as its characters are whole
+        self.shown = 0  # characters of it that are out
+        self.stop_token = False  # whether the last token is one
+        self.finish_reason = ""  # "": it is not finished
 
     def take(self, new: list[int], stopped: bool) -> str:
         """Add new tokens, a stop token included; returns the text that they complete."""
-        self.tokens += new
-        ended, self.stopped = stopped and not self.stopped, stopped
-        return self.stream.push(new[:-1] if ended else new, last=ended)
+        shown = ""
+        for i, token in enumerate(new):
+            if self.finish_reason:  # the device does not know of stop texts, and runs on
+                break
+            self.tokens.append(token)
+            self.stop_token = stopped and i == len(new) - 1
+            if self.stop_token:
+                shown += self.end("stop")
+            elif len(self.tokens) == self.request.max_new_tokens:
+                shown += self.end("length", [token])
+            else:
+                shown += self.show([token])
+        return shown
+
+    def end(self, reason: str, ids: list[int] = ()) -> str:
+        """Add the last ids; returns the rest of the text."""
+        self.finish_reason = reason
+        return self.show(list(ids), last=True)
+
+    def show(self, ids: list[int], last: bool = False) -> str:
+        """The text that is new and cannot belong to a stop text any more."""
+        self.text += self.stream.push(ids, last)
+        end = kept_before(self.text, self.stop)
+        if end < len(self.text):
+            self.finish_reason = "stop"
+        elif not last:
+            end -= may_begin(self.text, self.stop)
+        new, self.shown = self.text[self.shown : end], max(end, self.shown)
+        return new
 
     def result(self, tokenizer, stats: Stats) -> Result:
-        text = tokenizer.decode(self.tokens[:-1] if self.stopped else self.tokens)
-        reason = "stop" if self.stopped else "length"
-        return Result(self.index, len(self.prompt), self.tokens, text, reason, stats)
+        text = tokenizer.decode(self.tokens[:-1] if self.stop_token else self.tokens)
+        text = text[: kept_before(text, self.stop)]
+        return Result(self.index, len(self.request.ids), self.tokens, text, self.finish_reason, stats)
+
+
+def kept_before(text: str, stops: tuple[str, ...]) -> int:
+    """Where the first of the stop texts begins; the length of the text where none is in it."""
+    return min([i for stop in stops if (i := text.find(stop)) >= 0], default=len(text))
+
+
+def may_begin(text: str, stops: tuple[str, ...]) -> int:
+    """How many of the last characters may begin a stop text: 2 of "x = {{" where a stop text is "{{{"."""
+    return max([n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])], default=0)
 
 
 # ---- the engine -------------------------------------------------------------------------------------------
@@ -289,6 +350,7 @@ class Engine:
         self.prefill_s = 0.0
         self.prompt_live = 0.0  # tokens that the fullest row held before the first step
         self.decode_started = 0.0
+        self.eager_step_s = self.time_eager_step() if options.compile else 0.0
         self.compile_s = self.compile() if options.compile else 0.0
 
     def check_memory(self) -> None:
@@ -306,20 +368,33 @@ class Engine:
         except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
             raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
 
+    def time_eager_step(self) -> float:
+        """Seconds of a step that is not compiled, over the slots that a compiled one reads."""
+        for _ in range(2):  # the first one warms up
+            self.reset()
+            started = time.perf_counter()
+            self.decode(1, self.cache.graph_keys[0])
+            self.wait()
+        return time.perf_counter() - started
+
     @torch.inference_mode()
     def compile(self) -> float:
         """Compile all graphs on the empty cache, so that no step of a run waits for it. Returns seconds."""
         started = time.perf_counter()
-        # torch stops compiling a function after 8 graphs. A process that runs many policies needs more: each has up to
-        # two for each number of slots read. Set here: the line imports the compiler, and an eager run need not wait.
-        torch._dynamo.config.recompile_limit = 64
+        # torch stops compiling a function after 8 graphs, and after 256 with the ones that are gone: a process that
+        # runs many settings needs more. Set here: the line imports the compiler, and an eager run need not wait.
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**6
         on_gpu = self.device.type == "cuda"
         if not on_gpu:
             check_compiler()
         how = {"mode": "reduce-overhead"} if on_gpu else {"options": CPU_OPTIONS}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
-        for select, reads in sorted(set(self.cache.graph_keys)):
-            log.info("compiling the %s graph for %d decode slots ...", "select" if select else "append", reads)
+        graphs = sorted(set(self.cache.graph_keys))
+        for i, (select, reads) in enumerate(graphs):
+            spent = time.perf_counter() - started
+            to_go = f"; {spent:.0f} s so far, about {spent / i * (len(graphs) - i):.0f} s to go" if i else ""
+            what = f"{'select' if select else 'append'} step, {reads} decode slots"
+            log.info("compiling graph %d of %d (%s)%s ...", i + 1, len(graphs), what, to_go)
             for _ in range(3 if on_gpu else 1):  # CUDA graphs: warm up, record, replay
                 self.reset()
                 try:
@@ -344,21 +419,30 @@ class Engine:
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], indexes: list[int]) -> Tensor:
-        """Read the prompts as one right-padded block; returns each row's first token [B].
+        """Read the prompts, those of one width together; returns each row's first token [B].
 
-        A batch that is shorter than the cache is filled up with copies of its last prompt.
+        A batch that is shorter than the cache is filled up with copies of its last row.
         """
         started = time.perf_counter()
         missing = self.size.batch - len(prompts)
-        prompts = prompts + prompts[-1:] * missing
         self.reset(indexes + indexes[-1:] * missing)
-        lengths = torch.tensor([len(ids) for ids in prompts], device=self.device)
-        width = padded_width(max(len(ids) for ids in prompts))
+        self.cache.begin_prefill([len(ids) for ids in prompts + prompts[-1:] * missing])
+        groups: dict[int, list[int]] = {}  # padded width -> rows
+        for row, ids in enumerate(prompts):
+            groups.setdefault(padded_width(len(ids)), []).append(row)
+        hidden: dict[int, Tensor] = {}
+        for width, rows in groups.items():
+            hidden |= zip(rows, self.read_rows(rows, [prompts[row] for row in rows], width), strict=True)
+        self.cache.end_prefill(len(prompts))
+        last = len(prompts) - 1
+        return self.sample_first(torch.stack([hidden[min(i, last)] for i in range(self.size.batch)]), started)
+
+    def read_rows(self, rows: list[int], prompts: list[list[int]], width: int) -> Tensor:
+        """Read prompts as one right-padded block; returns the hidden state of each one's last token, [n, hidden]."""
         block = torch.tensor([ids + [0] * (width - len(ids)) for ids in prompts], device=self.device)
         positions = torch.arange(width, device=self.device).expand_as(block)
-        hidden = self.model(block, positions, self.cache.begin_prefill(lengths.tolist()))
-        last = hidden[torch.arange(len(prompts), device=self.device), lengths - 1]
-        return self.sample_first(last, started)
+        hidden = self.model(block, positions, self.cache.prefill_attention(torch.tensor(rows, device=self.device)))
+        return hidden[torch.arange(len(rows)), [len(ids) - 1 for ids in prompts]]
 
     @torch.inference_mode()
     def read_turn(self, turn: int, ids: list[int]) -> Tensor:
@@ -427,6 +511,7 @@ class Engine:
             kv_bytes_full=self.allocate(FULL, WHOLE_PROMPT, full, "meta").nbytes,
             prefill_s=self.prefill_s,
             compile_s=self.compile_s,
+            eager_step_s=self.eager_step_s,
             decode_s=decode_s,
             tokens_per_s=sum(len(row.tokens) - 1 for row in rows) / decode_s,
         )
@@ -518,14 +603,15 @@ class Conversation:
             have = f"{max(room, 0)} of max_context {self.options.max_context} are left"
             raise ValueError(f"turn {self.turn} needs {n} slots, {have}: raise --max-context or begin anew")
 
-    def answer(self, on_text=no_callback, on_step=no_callback) -> Result:
-        """Decode until a stop token or max_new_tokens; on_text and on_step as in `generate`."""
+    def answer(self, on_text=no_callback, should_stop=no_callback, *, on_step=no_callback) -> Result:
+        """Decode until a stop, or max_new_tokens, or should_stop() is true; on_text and on_step as in `generate`."""
         if self.opening is None:
             raise ValueError(f"turn {self.turn} has nothing to answer: read something first")
-        row, (first_token, _) = Row(self.turn, self.read_last, self.tokenizer.stream()), self.opening
+        request, (first_token, _) = Request(self.turn, self.read_last, self.options.max_new_tokens), self.opening
+        row = Row(request, self.tokenizer.stream(), self.options.stop)
         self.opening = None  # an answer that is interrupted leaves nothing to go on from
         # Each step is looked at: a device that ran past the stop token would evict what a later turn could still use.
-        decode_rows(self.engine, [row], first_token, 1, on_text, on_step)
+        decode_rows(self.engine, [row], first_token, 1, on_text, on_step, should_stop)
         self.turn += 1
         self.unread = row.tokens[-1:]
         self.end += len(row.tokens) - 1
@@ -553,219 +639,8 @@ class Conversation:
         self.engine.resume(self.turn, self.opening)
 
 
-# ---- the command line (the benchmarks share these three) ----------------------------------------------------
-
-
-def note(text: str) -> None:
-    if sys.stderr:  # None where the shell has closed it; print would then write to standard output
-        print(text, file=sys.stderr, flush=True)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str):  # argparse would print the usage before its one line
-        raise ValueError(f"{message} (see --help)")
-
-
-def run_program(name: str, work: Callable[[], None]) -> int:
-    """The exit status. 0: done; 2: a mistake, said in one line; 1: the reader of our output has gone; 130: Ctrl-C."""
-    try:
-        work()
-        return 0
-    except BrokenPipeError:
-        from cli.output import silence_stdout
-
-        silence_stdout()
-        return 1
-    except (ValueError, OSError) as error:
-        note(f"{name}: error: {one_line(error)}")
-        return 2
-    except KeyboardInterrupt:
-        note(f"\n{name}: interrupted")
-        return 130
-
-
-def main(argv: list[str] | None = None) -> int:
-    log.setLevel(logging.INFO)
-    logging.basicConfig(format="%(message)s", handlers=None if sys.stderr else [logging.NullHandler()])
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
-    return run_program("generate.py", lambda: run_command(parse_arguments(argv)))
-
-
-def run_command(arguments: argparse.Namespace) -> None:
-    options = Options(**{entry.name: getattr(arguments, entry.name) for entry in fields(Options)})
-    converses = arguments.chat and arguments.prompt_file is None and not arguments.stdin
-    (run_chat if converses else run_prompts)(arguments, options)
-
-
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    about = __doc__.split("\n")[0]
-    parser = Parser("generate.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    source = parser.add_argument_group("what to continue (default: the bundled model's demo prompt)")
-    source.add_argument("stdin", nargs="?", choices=["-"], help="read one prompt from standard input")
-    source.add_argument("--prompt", metavar="TEXT", help="one prompt")
-    rows = '.txt: one prompt; .jsonl: a {"prompt": TEXT} or {"prompt_ids": [...]} per line'
-    source.add_argument("--prompt-file", metavar="FILE", help=rows)
-    source.add_argument("--chat", action="store_true", help="apply the chat template; without a prompt, converse")
-    result = parser.add_argument_group("where the results go (generated text: standard output)")
-    result.add_argument("--output", metavar="FILE.jsonl", help="one line per prompt: token ids, text, statistics")
-    result.add_argument(
-        "--trace", metavar="FILE.npz", help="the positions in all slots after every step; for small runs"
-    )
-    settings = parser.add_argument_group("settings")
-    for entry in fields(Options):
-        is_flag = type(entry.default) is bool
-        kind = {"action": argparse.BooleanOptionalAction} if is_flag else {"type": type(entry.default)}
-        name = "--" + entry.name.replace("_", "-")
-        settings.add_argument(name, default=entry.default, **kind, **entry.metadata)
-    arguments = parser.parse_args(argv)
-    if sum(given is not None for given in (arguments.stdin, arguments.prompt, arguments.prompt_file)) > 1:
-        raise ValueError("give one of --prompt, --prompt-file and -, not several")
-    return arguments
-
-
-def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
-    """Answer the given prompts: text to standard output, rows to --output, a summary to standard error."""
-    from cli.output import Printer, RowFile, check_outputs
-
-    prompts = read_prompts(arguments)
-    inputs = {"--prompt-file": arguments.prompt_file, "--checkpoint": place_of(arguments.checkpoint)}
-    check_outputs({"--output": arguments.output, "--trace": arguments.trace}, inputs)
-    model, tokenizer = load(options.checkpoint, options.device, options.dtype)
-    if arguments.chat:
-        prompts = [tokenizer.chat([{"role": "user", "content": p}]) if isinstance(p, str) else p for p in prompts]
-    ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
-    check_run(model.config, ids, options)
-    trace = Trace(arguments.trace, options, model, ids) if arguments.trace else None
-    engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
-    printer = Printer(goes_on=arguments.output is not None)
-    batches: dict[int, Stats] = {}
-    with RowFile(arguments.output) as output:
-        for result in run(engine, tokenizer, ids, printer.print_piece, trace or no_callback):
-            output.write(asdict(result))
-            printer.end_prompt(result.index)
-            batches[id(result.stats)] = result.stats
-    if trace:
-        trace.save()
-    note(summary(list(batches.values())))
-    printer.close()
-
-
-def read_prompts(arguments: argparse.Namespace) -> list:
-    """Texts, or lists of token ids, from the source that the command line names."""
-    if arguments.prompt is not None:
-        return [arguments.prompt]
-    if arguments.stdin:
-        return [sys.stdin.read()]
-    if arguments.prompt_file is None and arguments.checkpoint != Options.checkpoint:
-        raise ValueError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or - for standard input")
-    path = MINI / "demo.txt" if arguments.prompt_file is None else Path(arguments.prompt_file)
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"prompt file {path} cannot be read: {one_line(error)}") from None
-    if arguments.prompt_file is None:
-        note("\n" + text)  # the demo shows what it answers
-    if path.suffix != ".jsonl":
-        return [text]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [parse_prompt(line, f"{path}:{number}") for number, line in lines]
-
-
-def parse_prompt(line: str, where: str) -> str | list[int]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: broken JSON: {error.msg}") from None
-    for name, kind, other in (("prompt", str, "prompt_ids"), ("prompt_ids", list, "prompt")):
-        if isinstance(row, dict) and isinstance(row.get(name), kind) and other not in row:
-            return row[name]
-    raise ValueError(f'{where}: one {{"prompt": TEXT}} or {{"prompt_ids": [ID, ...]}} is expected, not both')
-
-
-def run_chat(arguments: argparse.Namespace, options: Options) -> None:
-    """Hold a conversation, one line a turn, until the end of input. Each turn reads only what is new."""
-    from cli.output import Printer, RowFile, check_outputs
-
-    if arguments.trace:
-        raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
-    check_outputs({"--output": arguments.output}, {"--checkpoint": place_of(arguments.checkpoint)})
-    model, tokenizer = load(options.checkpoint, options.device, options.dtype)
-    tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template
-    history, conversation = tokenizer.chat_history(), None
-    with RowFile(arguments.output) as output:
-        for number, text in enumerate(read_turns(arguments.prompt)):
-            ids, continues = history.add_question(text)
-            if continues:
-                conversation.read(ids)
-            else:
-                if conversation:
-                    log.info("the chat template changes earlier turns: the conversation is read again")
-                conversation = None  # frees its cache before the next one is allocated
-                conversation = Conversation(model, tokenizer, ids, options)
-            printer = Printer()
-            result = conversation.answer(lambda index, piece, printer=printer: printer.print_piece(0, piece))
-            output.write(asdict(result) | {"index": number})
-            printer.end_prompt(0)
-            history.add_answer(result.text, result.token_ids[-1] if result.finish_reason == "stop" else None)
-            note(summary([result.stats]))
-
-
-def read_turns(first: str | None) -> Iterator[str]:
-    """The user's side of a conversation. A --prompt is its first turn, and the only one without a terminal."""
-    if first is not None:
-        yield first
-        if not sys.stdin.isatty():
-            return
-    while True:
-        print("> " if sys.stdin.isatty() else "", end="", file=sys.stderr, flush=True)
-        try:
-            yield input()
-        except EOFError:
-            return
-
-
-class Trace:
-    """--trace: the positions in all slots after prefill and after every step, of one batch, at most 1 GiB."""
-
-    def __init__(self, path: str, options: Options, model: Llama, prompts: list[list[int]]):
-        if len(prompts) > options.batch_size:
-            raise ValueError(f"--trace records one batch: {len(prompts)} prompts need --batch-size {len(prompts)}")
-        with torch.device("meta"):  # shapes only
-            cache = Cache(model.config, *options.rules(), size_of(prompts, options), torch.float32)
-        size = cache.positions().nbytes * options.max_new_tokens
-        if size > 2**30:
-            raise ValueError(f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens")
-        self.path = path
-        self.options = options
-        self.prompt_slots = cache.slots[0]
-        self.frames: list[np.ndarray] = []
-
-    def __call__(self, cache: Cache) -> None:
-        self.frames.append(cache.positions().cpu().numpy())
-
-    def save(self) -> None:
-        from cli.output import replace_file
-
-        slots = self.prompt_slots if len(set(self.prompt_slots)) > 1 else self.prompt_slots[0]
-        arrays = {"pos": np.stack(self.frames), "prompt_slots": slots} | asdict(self.options)
-        replace_file(self.path, lambda file: np.savez_compressed(file, **arrays))
-
-
-def summary(batches: list[Stats]) -> str:
-    """The statistics of a run, for a person."""
-    s = batches[-1]
-    prefill, decode = sum(b.prefill_s for b in batches), sum(b.decode_s for b in batches)
-    tokens = sum(b.tokens_per_s * b.decode_s for b in batches)
-    return (
-        f"\npolicy   {s.policy}: heavy {s.heavy} + recent {s.recent} generated tokens per KV head, score {s.score}\n"
-        f"cache    {s.prompt_slots} prompt + {s.decode_slots} decode slots, {s.kv_bytes / 1e6:.2f} MB: "
-        f"{s.kv_bytes / s.kv_bytes_full:.0%} of the full cache's {s.kv_bytes_full / 1e6:.2f} MB\n"
-        f"time     prefill {prefill:.2f} s, compile {s.compile_s:.1f} s, decode {decode:.2f} s\n"
-        f"speed    {tokens:.0f} tokens in decode steps, {tokens / decode:.1f} tokens/s"
-    )
-
-
 if __name__ == "__main__":
+    from cli.main import main
+
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

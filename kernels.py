@@ -198,6 +198,9 @@ def ranks(key: Tensor) -> Tensor:
 # ---- sampling ---------------------------------------------------------------------------------------------
 
 
+BROKEN = -2
+
+
 class Sampler(nn.Module):
     """Chooses each row's next token and notes which rows have stopped. It runs on the device, in the compiled step."""
 
@@ -210,9 +213,13 @@ class Sampler(nn.Module):
         self.register_buffer("stop_ids", torch.tensor(stop_ids, dtype=torch.int64))
 
     def forward(self, logits: Tensor, noise: Tensor, stopped: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [B, vocab], noise and stopped [B] -> the token to feed next, the same or -1 if stopped, stopped."""
+        """logits [B, vocab], noise and stopped [B] -> the token to feed next, the token to show, stopped.
+
+        The token to show is -1 for a row that has stopped, and BROKEN where a logit is NaN or infinite.
+        """
         token = self.sample(logits, noise)
-        return token, torch.where(stopped, -1, token), stopped | torch.isin(token, self.stop_ids)
+        shown = torch.where(logits.isfinite().all(-1), token, BROKEN)
+        return token, torch.where(stopped, -1, shown), stopped | torch.isin(token, self.stop_ids)
 
     def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
         """Walk along the likeliest tokens until their summed probability passes the noise, uniform in [0, 1).

@@ -196,7 +196,7 @@ class Strategy:
     frozen_prompt: bool = True  # False: prompt and output are one pool of kept prompt + heavy + recent tokens
     ranking: Score | None = None  # None: the score that --score names
     spread: Callable[[int, int, int, int], int] = uniform  # (mean budget, layer, n_layers, most) -> tokens
-    grows: bool = False  # the pool grows with t: attention reads a prefix, one graph per 256 slots
+    grows: bool = False  # the pool grows with t: attention reads a prefix of it
 
 
 STRATEGIES = {

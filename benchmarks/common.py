@@ -20,7 +20,8 @@ import model as model_file
 import scope
 from benchmarks import plots, report
 from cli.output import check_outputs
-from generate import Options, Parser, generate, note, place_of, size_of
+from cli.program import Parser, note
+from generate import Options, generate, place_of, size_of
 from hf.checkpoint import find_checkpoint
 from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 

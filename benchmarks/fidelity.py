@@ -29,7 +29,8 @@ from benchmarks import common, report
 from benchmarks.common import Job, Sizes, positive
 from benchmarks.plots import Panel
 from benchmarks.report import figure
-from generate import Engine, Options, generate, load, note, one_line, run_program, size_of
+from cli.program import note, run_program
+from generate import Engine, Options, generate, load, one_line, size_of
 from model import Llama
 from scope import FULL, require
 

@@ -23,7 +23,8 @@ from benchmarks import common, report
 from benchmarks.common import Sizes, positive
 from benchmarks.plots import Panel, position_panel
 from benchmarks.report import Scored, accuracy, percent, percent_at
-from generate import Options, check_run, load, run_program
+from cli.program import run_program
+from generate import Options, check_run, load
 from scope import STRATEGIES
 
 METHODS = [*STRATEGIES, "slide:score=current", "h2o:score=current"]

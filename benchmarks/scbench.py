@@ -34,7 +34,8 @@ from benchmarks.common import Job, Sizes, positive
 from benchmarks.plots import Panel, position_panel
 from benchmarks.report import Scored, accuracy, figure, percent_at, share_text
 from cache import Cache
-from generate import Conversation, Options, Result, load, note, run_program, size_of
+from cli.program import note, run_program
+from generate import Conversation, Options, Result, load, size_of
 from hf.tokenizer import Tokenizer, without_stop
 from scope import require_known
 

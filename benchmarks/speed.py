@@ -33,7 +33,8 @@ from benchmarks.common import parse_method, positive
 from benchmarks.machine import SHAPES, random_model, random_prompts
 from benchmarks.report import figure
 from cache import Cache, CacheSize
-from generate import Engine, Options, note, run_program
+from cli.program import note, run_program
+from generate import Engine, Options
 from hf import load_checkpoint
 from hf.checkpoint import find_device, find_dtype
 from model import Llama

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from generate import Parser, note, run_program  # noqa: E402
+from cli.program import Parser, note, run_program  # noqa: E402
 from hf.checkpoint import find_checkpoint  # noqa: E402
 from scope import one_line  # noqa: E402
 

@@ -61,12 +61,21 @@ def replace_file(path: str, write: Callable) -> None:
 class RowFile:
     """--output: a .jsonl file that keeps every row it was given. Without a path, the rows go nowhere.
 
-    What the file held is replaced when the first row comes, not before. A second run on the same file is refused.
+    A file that has rows is refused, unless the run resumes it or may overwrite it; then it is emptied when the first
+    row comes, not before. A second run on the same file is refused.
     """
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | None, resume: bool = False, overwrite: bool = False):
         self.path = path or os.devnull
+        self.resume = resume
         self.rows = 0
+        if resume and overwrite:
+            raise ValueError("--resume and --overwrite: give one of them")
+        if (resume or overwrite) and path is None:
+            raise ValueError(f"--{'resume' if resume else 'overwrite'} is about --output: name a file there")
+        has_rows = os.path.isfile(self.path) and os.path.getsize(self.path) > 0
+        if has_rows and not (resume or overwrite):
+            raise ValueError(f"--output {path} has rows: --resume goes on with them, --overwrite replaces them")
 
     def __enter__(self) -> "RowFile":
         existed = os.path.exists(self.path)
@@ -81,8 +90,38 @@ class RowFile:
                 raise ValueError(f"--output {self.path}: another run is writing to it, so give another file") from None
         return self
 
+    def finished(self, settings: dict, digests: list[str]) -> set[int]:
+        """--resume: the indexes of the prompts, of these digests, that have a row. A half-written last line is cut off.
+
+        Raises ValueError where the rows belong to another run.
+        """
+        if not (self.resume and self.regular):
+            return set()
+        content = Path(self.path).read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        done = {self.index_of(line, n, settings, digests) for n, line in enumerate(whole.splitlines(), 1)}
+        if len(whole) < len(content):
+            self.file.truncate(len(whole))
+        return done
+
+    def index_of(self, line: bytes, number: int, settings: dict, digests: list[str]) -> int:
+        where = f"--output {self.path}:{number}"
+        try:
+            row = json.loads(line)
+            index, prompt_digest, theirs = row["index"], row["prompt_digest"], row["settings"]
+            differs = [name for name in settings if theirs.get(name) != settings[name]]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{where} is no row of this program: give another file, or --overwrite") from None
+        if differs:
+            name = differs[0]
+            was = f"was made with {name} {theirs.get(name)!r}, this run has {settings[name]!r}"
+            raise ValueError(f"{where} {was}: give the same settings, another file, or --overwrite")
+        if not (type(index) is int and 0 <= index < len(digests) and digests[index] == prompt_digest):
+            raise ValueError(f"{where} answers another prompt than number {index} of this run: give another file")
+        return index
+
     def write(self, row: dict) -> None:
-        if self.regular and not self.rows:
+        if self.regular and not self.rows and not self.resume:
             self.file.truncate(0)
         self.rows += 1
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
@@ -107,15 +146,15 @@ class Printer:
     goes_on: the run goes on where standard output takes no more, because its rows go to a file; `close` then says so.
     """
 
-    def __init__(self, goes_on: bool = False):
+    def __init__(self, indexes: list[int], goes_on: bool = False):
+        self.indexes = list(indexes)  # of the prompts that are not through; the first one streams
         self.goes_on = goes_on
         self.failed: OSError | None = None
-        self.streaming = 0
         self.waiting: dict[int, str] = {}
         self.last = ""
 
     def print_piece(self, index: int, piece: str) -> None:
-        if index != self.streaming:
+        if index != self.indexes[0]:
             self.waiting[index] = self.waiting.get(index, "") + piece
         elif piece:
             self.last = piece
@@ -138,7 +177,9 @@ class Printer:
         if self.failed:
             raise self.failed
 
-    def end_prompt(self, index: int) -> None:
+    def end_prompt(self) -> None:
         self.show("" if self.last.endswith("\n") else "\n")
-        self.streaming, self.last = index + 1, ""
-        self.print_piece(index + 1, self.waiting.pop(index + 1, ""))
+        self.last = ""
+        self.indexes.pop(0)
+        if self.indexes:
+            self.print_piece(self.indexes[0], self.waiting.pop(self.indexes[0], ""))

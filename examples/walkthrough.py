@@ -56,7 +56,8 @@ def run(policy: str, attention: list[dict[int, float]]) -> list[str]:
     cache = Cache(config, Policy(policy, heavy=2, recent=1, score="cumulative"), WHOLE_PROMPT, size, torch.float32)
     printed = [show_plan(cache)]
 
-    [attend] = cache.begin_prefill([PROMPT])
+    cache.begin_prefill([PROMPT])
+    [attend] = cache.prefill_attention(torch.arange(1))
     tokens = torch.stack([token(0), token(1)])[None, None]  # [1, 1, 2, SIZE]
     attend(torch.zeros_like(tokens), tokens, tokens)
     printed.append("prefill\n" + show_slots(cache))

@@ -101,8 +101,9 @@ class Tokenizer:
     def stream(self) -> "TextStream":
         return TextStream(self)
 
-    def chat_history(self) -> "ChatHistory":
-        return ChatHistory(self)
+    def chat_history(self, messages: list[dict] = ()) -> "ChatHistory":
+        """messages: what a conversation begins with, such as the system's."""
+        return ChatHistory(self, list(messages))
 
     def chat(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation. The template writes its own bos."""
@@ -231,9 +232,9 @@ class TextStream:
 class ChatHistory:
     """The messages of a conversation, and for each turn the ids that the model has not read yet."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, messages: list[dict]):
         self.tokenizer = tokenizer
-        self.messages: list[dict] = []
+        self.messages = messages
         self.text = ""  # what the template has made of all messages so far
         self.stop: int | None = None  # the token that ended the last answer
 

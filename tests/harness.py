@@ -105,7 +105,9 @@ class Play:
         tokens = [self.draw(b, length) for b, length in enumerate(lengths)]
         filler = torch.full((max(lengths), *tokens[0].shape[1:]), 9.0)  # right of a shorter prompt; nobody may see it
         block = torch.stack([torch.cat((row, filler[len(row) :])) for row in tokens])
-        output = self.attend(self.cache.begin_prefill(lengths), block)
+        self.cache.begin_prefill(lengths)
+        output = self.attend(self.cache.prefill_attention(torch.arange(len(lengths))), block)
+        self.cache.end_prefill(len(lengths))
         if self.with_oracle:
             self.oracles = self.make_oracles()
             self.compare_positions()

@@ -8,8 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -17,74 +16,13 @@ import torch
 
 import generate
 import kernels
-from checkpoints import make_checkpoint, write_json
+from checkpoints import write_json
+from cli.main import main, payoff
 from cli.output import RowFile
-from generate import Engine, Options, load, main
+from generate import Engine, Options, Stats, load
 from model import Llama
 from oracle import paper_budget, paper_interval, paper_selects
-
-SCRIPT = Path(generate.__file__)
-PROMPT = "the cat and a dog sat on the mat"
-SHORT = ["--no-compile", "--max-new-tokens", "6", "--ignore-eos"]
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="session")
-def other(tmp_path_factory):
-    return make_checkpoint(tmp_path_factory.mktemp("other"), seed=1)
-
-
-@pytest.fixture(scope="session")
-def chatty(tmp_path_factory):
-    """A checkpoint with a chat template."""
-    return make_checkpoint(tmp_path_factory.mktemp("chatty"), "tokenizers")
-
-
-@pytest.fixture(scope="session")
-def stopping(tiny, tmp_path_factory):
-    """`tiny`, made to stop in the middle of its greedy answer to PROMPT, at a token that one can see."""
-    model, tokenizer = load(str(tiny))
-    [result] = generate.generate(model, tokenizer, [PROMPT], "full", compile=False, max_new_tokens=40, ignore_eos=True)
-    folder = shutil.copytree(tiny, tmp_path_factory.mktemp("stopping"), dirs_exist_ok=True)
-    seen = [i for n, i in enumerate(result.token_ids) if n > 8 and tokenizer.decode([i]).isalpha()]
-    write_json(folder / "generation_config.json", {"eos_token_id": [seen[0], 2]})
-    return folder
-
-
-class Run:
-    """`generate.py` with these arguments: its exit status, what it printed, and the rows of its --output."""
-
-    def __init__(self, capsys, folder, argv):
-        self.output = folder / "rows.jsonl"
-        self.status = main([*argv, "--output", str(self.output)])
-        self.out, err = capsys.readouterr()
-        self.err = [line for line in err.splitlines() if line and not line.startswith("loading ")]
-        lines = self.output.read_text(encoding="utf-8").splitlines() if self.status == 0 else []
-        self.rows = [json.loads(line) for line in lines]
-
-    @property
-    def ids(self):
-        return [row["token_ids"] for row in self.rows]
-
-
-@pytest.fixture
-def run(capsys, tmp_path, tiny):
-    """run("--heavy 3", "--prompt", ...) -> Run, on the tiny checkpoint unless another is named."""
-
-    def run(flags="", *argv, checkpoint=tiny):
-        return Run(capsys, tmp_path, ["--checkpoint", str(checkpoint), *flags.split(), *argv])
-
-    return run
-
-
-def write_lines(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
+from runs import FIVE, PROMPT, SCRIPT, SHORT, contents, interrupt, write_lines
 
 # ---- every flag changes something
 
@@ -120,6 +58,7 @@ EFFECTS = {  # field of Options -> flags without it, flags with it, where the di
         "--checkpoint STOPPING --policy full --ignore-eos",
         lambda run: [row["finish_reason"] for row in run.rows],
     ),
+    "stop": (HOT, f"{HOT} --stop e", lambda run: [row["text"] for row in run.rows]),
     "batch_size": ("--prompt-file TWO", "--prompt-file TWO --batch-size 1", stat("kv_bytes")),
     "max_context": ("", "--max-context 200", stat("prompt_slots")),
     "device": ("--device cpu", "--device nowhere", lambda run: run.status),
@@ -157,7 +96,8 @@ def test_help_names_every_flag_with_its_default(capsys):
     for option in fields(Options):
         flag = f"-{option.name.replace('_', '-')}"
         [entry] = [entry for entry in entries if entry.split()[0].rstrip(",") == flag]
-        assert entry.endswith(f"(default: {option.default})")
+        default = [] if option.default == () else option.default
+        assert entry.endswith(f"(default: {default})")
         if isinstance(option.default, bool):
             assert f"{flag}, --no{flag} " in entry
     for flag in ("-prompt", "-prompt-file", "-chat", "-output", "-trace"):
@@ -198,8 +138,6 @@ def test_a_text_file_is_one_prompt_with_its_line_breaks(run, tmp_path, tiny):
 
 # ---- where results go
 
-FIVE = [{"prompt": "the cat"}, {"prompt_ids": [5]}, {"prompt": PROMPT}, {"prompt_ids": [9, 8, 7]}, {"prompt": "a dog"}]
-
 
 def test_rows_are_in_input_order_whatever_the_batch_size(run, tmp_path):
     file = write_lines(tmp_path / "five.jsonl", FIVE)
@@ -224,7 +162,8 @@ def test_a_row_is_in_the_file_before_the_next_batch_begins(run, tmp_path, monkey
 def test_a_row_has_the_documented_keys(run):
     [row] = run(BASE, "--prompt", PROMPT).rows
     settings = {"policy": "discontinuous", "heavy": 4, "recent": 4, "score": "cumulative"}
-    assert list(row) == ["index", "prompt_len", "token_ids", "text", "finish_reason", "stats"]
+    keys = ["index", "prompt_len", "token_ids", "text", "finish_reason", "stats", "settings", "prompt_digest"]
+    assert list(row) == keys
     promised = "policy heavy recent score steps kv_bytes kv_bytes_full prefill_s compile_s decode_s tokens_per_s"
     assert set(promised.split()) <= set(row["stats"])
     assert settings.items() <= row["stats"].items()
@@ -268,6 +207,17 @@ def test_the_summary_on_standard_error_has_the_figures_of_the_rows(run):
     assert all(word in said for word in ("discontinuous", "heavy 4", "recent 4", "cumulative"))
     assert f"{stats['kv_bytes'] / stats['kv_bytes_full']:.0%}" in said
     assert f"{stats['tokens_per_s']:.1f} tokens/s" in said
+
+
+def test_the_summary_says_when_compiling_pays_off(run):
+    [row] = run(BASE, "--prompt", PROMPT).rows
+    stats = Stats(**row["stats"] | {"steps": 100, "decode_s": 1.0, "compile_s": 9.0, "eager_step_s": 0.1})
+    assert payoff([stats]).endswith("pays off after 100 steps, this run had 100")
+    short = payoff([replace(stats, compile_s=18.0)])
+    assert short.endswith("after 200 steps, this run had 100: for so short a run, --no-compile is faster")
+    assert payoff([stats, stats]).endswith("pays off after 100 steps, this run had 200")
+    assert payoff([replace(stats, eager_step_s=0.01)]).endswith("compiling saves nothing here: use --no-compile")
+    assert payoff([replace(stats, compile_s=0.0)]) == payoff([replace(stats, steps=0)]) == ""
 
 
 def test_without_output_nothing_is_written(capsys, tmp_path, monkeypatch, tiny):
@@ -391,34 +341,6 @@ FILES = {  # what is wrong with a prompt file -> the file, and what must be name
 }
 
 
-@pytest.fixture
-def refused(capsys, tmp_path, monkeypatch, tiny):
-    """Runs in a folder with files of value; what is refused says so in one line and touches none of them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat"))
-    (tmp_path / "folder").mkdir()
-    for name in ("one.txt", "one.npz", "rows.jsonl"):
-        (tmp_path / name).write_text("precious")
-    os.link(tmp_path / "one.npz", tmp_path / "hard.npz")
-
-    def refused(*argv, checkpoint=tiny):
-        if "--output" not in argv:
-            argv = ("--output", "rows.jsonl", *argv)
-        before = contents(tmp_path)
-        status = main(["--checkpoint", str(checkpoint), "--no-compile", "--max-new-tokens", "3", *argv])
-        out, err = capsys.readouterr()
-        lines = [line for line in err.splitlines() if not line.startswith("loading ")]
-        assert (status, out, len(lines)) == (2, "", 1), err
-        assert lines[0].startswith("generate.py: error: ") and contents(tmp_path) == before
-        return lines[0]
-
-    return refused
-
-
-def contents(folder):
-    return {str(path): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
 @pytest.mark.parametrize("flags", IMPOSSIBLE)
 def test_an_impossible_setting_is_refused_in_one_line_before_anything_is_written(refused, flags):
     line = refused("--prompt", "the cat", *flags.split())
@@ -480,7 +402,7 @@ def test_an_empty_name_of_a_prompt_file_is_not_the_demo(refused):
 
 
 def test_a_second_run_on_the_same_output_is_refused_and_the_first_keeps_its_rows(refused, tmp_path):
-    with RowFile(str(tmp_path / "rows.jsonl")) as first:
+    with RowFile(str(tmp_path / "rows.jsonl"), overwrite=True) as first:
         assert "another run is writing to it" in refused("--prompt", "the cat")
         first.write({"index": 0})
     assert (tmp_path / "rows.jsonl").read_text() == '{"index": 0}\n'
@@ -549,7 +471,7 @@ def test_a_compiler_that_fails_is_one_line_that_names_the_way_out(refused, monke
     def fail(*_):
         raise RuntimeError("InductorError: CppCompileError: C++ compile error\n\n" + "output\n" * 100)
 
-    monkeypatch.setattr(Engine, "decode", fail)
+    monkeypatch.setattr(torch, "compile", lambda *_, **how: fail)
     line = refused("--prompt", "the cat", "--compile")
     assert "torch.compile failed" in line and line.endswith("run with --no-compile")
 
@@ -601,112 +523,7 @@ def test_a_trace_above_a_gibibyte_is_refused_with_its_size(refused, tmp_path):
     assert low - 0.1 < size < high + 0.1 and "--max-new-tokens" in line
 
 
-# ---- --chat
-
-
-def messages(*texts):
-    return [
-        {"role": role, "content": text} for role, text in zip(["user", "assistant"] * len(texts), texts, strict=False)
-    ]
-
-
-def test_a_conversation_reads_each_turn_once_and_remembers_all(run, monkeypatch, chatty):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\nthe mat\n"))
-    result = run(" ".join(SHORT), "--chat", "--policy", "full", checkpoint=chatty)
-    model, tokenizer = load(str(chatty))
-    conversation, turns = [], [tokenizer.chat(messages(text)) for text in ("the cat", "a dog", "the mat")]
-    turns[1:] = [ids[1:] for ids in turns[1:]]  # the template writes its bos once
-    for new, row in zip(turns, result.rows, strict=True):
-        unread = 0 if not conversation else 1  # an answer's last token was generated and not yet read
-        assert row["prompt_len"] == unread + len(new)
-        conversation += new
-        [again] = generate.generate(model, tokenizer, [conversation], "full", max_new_tokens=6, compile=False)
-        assert row["token_ids"] == again.token_ids
-        conversation += row["token_ids"]
-    assert [row["index"] for row in result.rows] == [0, 1, 2]
-    assert result.status == 0 and result.out == "".join(row["text"].removesuffix("\n") + "\n" for row in result.rows)
-
-
-def rewritten(chatty, tmp_path, template):
-    """`chatty` with another chat template."""
-    folder = shutil.copytree(chatty, tmp_path / "rewritten")
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    write_json(folder / "tokenizer_config.json", settings | {"chat_template": template})
-    return folder
-
-
-def test_a_template_that_changes_earlier_turns_makes_the_conversation_be_read_again(
-    run, monkeypatch, tmp_path, chatty, caplog
-):
-    counting = "{{ messages | length }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}<|assistant|>"
-    folder = rewritten(chatty, tmp_path, counting)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\n"))
-    first, second = run(" ".join(SHORT), "--chat", checkpoint=folder).rows
-    whole = load(str(folder))[1].chat(messages("the cat", first["text"], "a dog"))
-    assert second["prompt_len"] == len(whole)
-    assert "the conversation is read again" in caplog.text
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_on_a_terminal_a_prompt_is_only_the_first_turn(run, monkeypatch, chatty):
-    monkeypatch.setattr(sys, "stdin", Terminal("a dog\n"))
-    assert len(run(" ".join(SHORT), "--chat", "--prompt", "the cat", checkpoint=chatty).rows) == 2
-
-
-def test_without_a_terminal_a_prompt_is_the_whole_conversation(run, monkeypatch, chatty):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("a dog\n"))
-    assert len(run(" ".join(SHORT), "--chat", "--prompt", "the cat", checkpoint=chatty).rows) == 1
-
-
-def test_the_prompt_sign_of_a_terminal_is_no_generated_text(run, monkeypatch, chatty):
-    monkeypatch.setattr(sys, "stdin", Terminal("a dog\n"))
-    result = run(" ".join(SHORT), "--chat", checkpoint=chatty)
-    assert result.out == result.rows[0]["text"].removesuffix("\n") + "\n"
-
-
-def test_a_conversation_that_outgrows_the_model_ends_in_one_line_and_keeps_its_rows(
-    capsys, tmp_path, monkeypatch, chatty
-):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\na dog\n"))
-    output = tmp_path / "rows.jsonl"
-    status = main(
-        ["--checkpoint", str(chatty), "--no-compile", "--chat", "--output", str(output), "--max-new-tokens", "500"]
-    )
-    assert status == 2 and "512 positions" in capsys.readouterr().err.splitlines()[-1]
-    assert [json.loads(line)["index"] for line in output.read_text().splitlines()] == [0]
-
-
-def test_chat_with_a_prompt_file_answers_each_prompt_by_itself(run, tmp_path, chatty):
-    file = write_lines(tmp_path / "two.jsonl", [{"prompt": "the cat"}, {"prompt": "a dog"}])
-    rows = run(" ".join(SHORT), "--chat", "--prompt-file", file, checkpoint=chatty).rows
-    tokenizer = load(str(chatty))[1]
-    assert [row["prompt_len"] for row in rows] == [len(tokenizer.chat(messages(text))) for text in ("the cat", "a dog")]
-
-
-def test_prompt_ids_are_taken_as_they_are_with_chat_too(run, tmp_path, chatty):
-    file = write_lines(tmp_path / "ids.jsonl", [{"prompt_ids": [0, 2, 266, 3]}])
-    [row] = run(" ".join(SHORT), "--chat", "--prompt-file", file, checkpoint=chatty).rows
-    assert row["prompt_len"] == 4
-
-
-@pytest.mark.parametrize("argv", [["--chat"], ["--chat", "--prompt", "the cat"], ["--chat", "-"]])
-def test_chat_without_a_template_is_refused(refused, argv):
-    assert "no chat template" in refused(*argv)
-
-
-def test_a_conversation_cannot_be_traced(refused, chatty):
-    assert "--trace" in refused("--chat", "--trace", "t.npz", checkpoint=chatty)
-
-
 # ---- Ctrl-C, and a reader who leaves
-
-
-def interrupt(*anything, **whatever):
-    raise KeyboardInterrupt
 
 
 PLACES = {
@@ -732,12 +549,6 @@ def test_ctrl_c_during_the_imports_is_no_traceback():
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "Traceback" not in said
-
-
-def test_ctrl_c_at_the_prompt_sign_ends_a_conversation(capsys, monkeypatch, chatty):
-    monkeypatch.setattr("builtins.input", interrupt)
-    assert main(["--checkpoint", str(chatty), "--chat", *SHORT]) == 130
-    assert "interrupted" in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_the_rows_of_the_running_batch_that_had_stopped(tiny):

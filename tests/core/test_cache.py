@@ -157,7 +157,8 @@ def test_the_scores_disagree_where_they_should(score):
     """A token that was once looked at much and is not now: cumulative keeps it, current lets it go."""
     config = ModelConfig(9, 8, 8, 1, 1, 1, HEAD_DIM)
     cache = Cache(config, Policy("slide", 1, 1, score), WHOLE_PROMPT, CacheSize(1, [1], 4), torch.float32)
-    [fill] = cache.begin_prefill([1])
+    cache.begin_prefill([1])
+    [fill] = cache.prefill_attention(torch.arange(1))
     fill(*torch.zeros(3, 1, 1, 1, HEAD_DIM))
     keys = torch.eye(HEAD_DIM) * 6
     queries = [keys[0], keys[0], keys[1]]  # looked at: the first token, the first, the second

@@ -1,5 +1,6 @@
 """The engine: what must not change the tokens, what is refused, and what the compiled graphs may not do."""
 
+import copy
 import re
 import shutil
 import subprocess
@@ -13,8 +14,10 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 import kernels
+from cache import READ_BUCKET, Cache, CacheSize
 from checkpoints import make_checkpoint
-from generate import CPU_OPTIONS, Engine, Options, free_memory, generate, padded_width, run, size_of
+from generate import CPU_OPTIONS, Engine, Options, Request, free_memory, generate, padded_width, run, size_of
+from model import Llama, ModelConfig
 from scope import SCORES, STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +37,10 @@ every_ranking = pytest.mark.parametrize(("policy", "score"), RANKINGS)
 
 def tokens(tiny, prompts=PROMPTS, policy="discontinuous", **changes):
     return [result.token_ids for result in generate(*tiny, prompts, policy, **RUN | changes)]
+
+
+def requests(prompts):
+    return [Request(i, ids, RUN["max_new_tokens"]) for i, ids in enumerate(prompts)]
 
 
 # ---- what must not change the tokens
@@ -64,7 +71,8 @@ def test_a_batch_leaves_nothing_behind_for_the_next_one(tiny, policy, score):
     options = Options(**RUN | {"policy": policy, "score": score})
     engine = Engine(model, options, tokenizer.stop_ids, size_of(PROMPTS, options))
     first, _, again = (
-        [result.token_ids for result in run(engine, tokenizer, prompts)] for prompts in (PROMPTS, [[1, 2, 3]], PROMPTS)
+        [result.token_ids for result in run(engine, tokenizer, requests(prompts))]
+        for prompts in (PROMPTS, [[1, 2, 3]], PROMPTS)
     )
     assert again == first == tokens(tiny, policy=policy, score=score)
 
@@ -85,6 +93,69 @@ def test_prompts_of_other_lengths_are_prefilled_in_the_same_shape(tiny, monkeypa
     monkeypatch.setattr(kernels, "causal_attention", lambda q, k, v: (seen.add(q.shape), real(q, k, v))[1])
     tokens(tiny, [[5] * 65, [5] * 70, [5] * 72], batch_size=1)
     assert len(seen) == 1
+
+
+BLOCKS = {  # lengths of prompts -> rows and width of each block that is read
+    (7, 300, 8, 6): [(3, 8), (1, 320)],
+    (5, 5, 5, 5, 9): [(4, 8), (1, 16)],
+    (20, 90, 9): [(1, 24), (1, 96), (1, 16)],
+}
+
+
+@pytest.mark.parametrize(("lengths", "blocks"), BLOCKS.items())
+def test_a_short_prompt_does_not_pay_for_a_long_one_in_its_batch(tiny, monkeypatch, lengths, blocks):
+    """Prompts of one width are read together. Rows that fill up a short batch are copied, not read."""
+    seen, forward = [], Llama.forward
+    watched = lambda model, x, *rest: (seen.append(tuple(x.shape)), forward(model, x, *rest))[1]  # noqa: E731
+    monkeypatch.setattr(Llama, "forward", watched)
+    tokens(tiny, [[5] * n for n in lengths], batch_size=4)
+    assert [shape for shape in seen if shape[1] > 1] == blocks
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_a_run_in_one_line_that_names_the_token(tiny, sampling, value):
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    third = tokens(tiny, policy="full", **sampling)[1][2]
+    model.embed.weight[third, 0] = value  # so reading it gives logits that are none
+    with pytest.raises(ValueError, match=r"prompt \d: the logits of token \d+ are not finite"):
+        tokens((model, tokenizer), policy="full", **sampling)
+
+
+@pytest.mark.parametrize("policy", [name for name, strategy in STRATEGIES.items() if strategy.grows])
+@pytest.mark.parametrize("sizes", [(8192, 1024, 32768), (300, 4000, 9000), (768, 256, 4096), (1, 1, 9)])
+def test_a_run_has_at_most_eight_graphs_and_reads_little_that_is_empty(policy, sizes):
+    heavy, recent, T = sizes
+    config = ModelConfig(8, 8, 8, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=2)
+    options = Options(policy=policy, heavy=heavy, recent=recent, max_new_tokens=T)
+    with torch.device("meta"):
+        cache = Cache(config, *options.rules(), CacheSize(1, [9], T), torch.float32)
+    assert len(set(cache.graph_keys)) <= 8
+    n_slots = cache.slots[1][0]
+    for used, (_, reads) in zip(cache.slots_at, cache.graph_keys, strict=True):
+        assert used <= reads <= min(n_slots, used + max(READ_BUCKET, n_slots / 4 + 1))
+
+
+def test_a_process_may_compile_any_number_of_settings(tiny, monkeypatch):
+    """torch stops at 8 graphs of one function, and counts those that are gone."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **how: compile(f, backend="eager", fullgraph=True, dynamic=False))
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        monkeypatch.setattr(torch._dynamo.config, name, 3)
+    torch._dynamo.reset()
+    for heavy in range(1, 4):
+        settings = {"heavy": heavy, "compile": True, "max_new_tokens": 12}
+        assert tokens(tiny, **settings) == tokens(tiny, **settings | {"compile": False})
+
+
+def test_compiling_says_which_graph_of_how_many_and_how_long_it_may_take(tiny, monkeypatch, caplog):
+    monkeypatch.setattr(torch, "compile", lambda function, **how: function)
+    with caplog.at_level("INFO", "scope"):
+        [result, *_] = generate(*tiny, PROMPTS, "slide", **RUN | {"compile": True})
+    first, second = (line for line in caplog.messages if line.startswith("compiling"))
+    assert first == "compiling graph 1 of 2 (append step, 8 decode slots) ..."
+    assert re.fullmatch(r"compiling graph 2 of 2 \(select .*\); \d+ s so far, about \d+ s to go \.\.\.", second)
+    assert result.stats.eager_step_s > 0
 
 
 def test_a_cache_that_does_not_fit_is_refused_with_the_batch_that_does(tiny, monkeypatch):
@@ -148,7 +219,7 @@ def test_an_engine_declares_all_of_its_state_when_it_is_made(tiny):
     options = Options(**RUN)
     engine = Engine(model, options, tokenizer.stop_ids, size_of(PROMPTS, options))
     declared = set(vars(engine))
-    list(run(engine, tokenizer, PROMPTS))
+    list(run(engine, tokenizer, requests(PROMPTS)))
     assert set(vars(engine)) == declared
 
 
@@ -307,7 +378,7 @@ def test_a_new_score_is_one_function_and_one_table_line(tmp_path):
     command = f"--checkpoint {checkpoint} --prompt cat --policy slide --heavy 3 --recent 3 --ignore-eos --no-compile"
     command += " --max-new-tokens 30 --score {score} --trace {score}.npz"
     both = [command.format(score=score).split() for score in ("cumulative", "best_ever")]
-    runs = f"import generate, sys; sys.exit(any([generate.main(argv) for argv in {both}]))"
+    runs = f"import sys, cli.main; sys.exit(any([cli.main.main(argv) for argv in {both}]))"
     ran = subprocess.run([sys.executable, "-c", runs], cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     old, new = (np.load(tmp_path / f"{score}.npz")["pos"] for score in ("cumulative", "best_ever"))

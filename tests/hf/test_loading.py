@@ -13,7 +13,8 @@ from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from checkpoints import CONFIG, make_checkpoint, random_weights, write_fast_tokenizer, write_json
-from generate import load, main
+from cli.main import main
+from generate import load
 from hf.checkpoint import split_weights
 
 

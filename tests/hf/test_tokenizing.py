@@ -13,7 +13,8 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from checkpoints import TOKENIZERS, make_checkpoint, write_json
-from generate import load, main
+from cli.main import main
+from generate import load
 from hf.tokenizer import ChatHistory, TextStream, without_stop
 
 
