@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from problems import make_problem
 
 from benchmarks import common, report
-from benchmarks.common import Sizes, positive
+from benchmarks.common import Sizes, check_fields, list_of, positive
 from benchmarks.plots import Panel, position_panel
 from benchmarks.report import Scored, accuracy, percent, percent_at
 from generate import Options, check_run, load, run_program
@@ -107,12 +107,13 @@ PLAIN = "<<SYS>>\n {} \n<</SYS>>\n\n{}"  # the form that the paper gave Llama 3.
 
 def data_example(row: dict) -> Example:
     """A published row -> an Example; ValueError says what is wrong with it."""
-    prompt, answers = str(row.get("prompt")), checked_answers(row)
+    check_fields(row, {"prompt": common.WHOLE_TEXT, "task": common.WHOLE_TEXT | common.NOTHING})
+    prompt, answers = row["prompt"], checked_answers(row)
     numbers = question_numbers(prompt, len(answers))
     if not numbers:
         raise ValueError(f"{len(answers)} answers, but not as many lines `Question_N:` in the prompt")
     task = row.get("task")
-    system = SYSTEM + (ABOUT.format(str(task).replace("_", " ")) if task else "")
+    system = SYSTEM + (ABOUT.format(task.replace("_", " ")) if task else "")
     return Example(prompt, answers, numbers, system)
 
 
@@ -168,7 +169,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     source = common.source_of(arguments, arguments.name or mini)
     asked = [{name: getattr(example, name) for name in SCORED} | {"source": source} for example in examples]
     work = partial(common.predict, model, tokenizer, prompts)
-    return common.run_jobs(model, prompts, asked, jobs, arguments, work, "prompts")
+    return common.run_jobs(model, prompts, asked, jobs, arguments, work, check_made, "prompts")
 
 
 def settings_of(arguments: argparse.Namespace, solution: int, questions: int) -> dict:
@@ -293,19 +294,37 @@ PAIRINGS: dict[str, Callable] = {"number": by_number, "official": by_order}
 
 
 def read_predictions(path: str) -> list[dict]:
-    return [{"method": Path(path).stem} | row for row in common.read_some_rows(path, checked_prediction)]
+    name = Path(path).stem.encode("utf-8", "replace").decode()
+    return [{"method": name} | row for row in common.read_some_rows(path, checked_prediction)]
 
 
 def checked_prediction(row: dict) -> dict:
-    """A row that this program wrote, or one of the official results."""
-    answers, pred = checked_answers(row), row.get("pred")
-    if not isinstance(pred, str):
-        raise ValueError("no text in `pred`")
-    if row.keys() >= {"numbers", "references", "seed", "stats"}:
+    """A row that this program wrote, or one of the official results, which have no `key`."""
+    answers = checked_answers(row)
+    if "key" in row:
+        check_made(row)
+        check_asked(row)
         return row
+    check_fields(row, {"pred": common.TEXT})
     first = 6 if isinstance(gold(answers[0]), str) else 9  # after 5 solved examples, or GSM8K's 8
     numbers = question_numbers(str(row.get("prompt")), len(answers)) or range(first, first + len(answers))
-    return {"answers": answers, "pred": pred, "numbers": list(numbers), "references": [], "seed": 0}
+    return {"answers": answers, "pred": row["pred"], "numbers": list(numbers), "references": [], "seed": 0}
+
+
+def check_made(row: dict) -> None:
+    """What a run has made of a prompt."""
+    check_fields(row, {"pred": common.TEXT, "finish_reason": common.TEXT, "stats": common.STATS})
+
+
+def check_asked(row: dict) -> None:
+    """What a prediction carries along, so that it can be scored alone; its answers have been checked."""
+    count = len(row["answers"])
+    kinds = {"numbers": list_of(common.COUNT, count), "seed": common.INT}
+    kinds |= dict.fromkeys(("source", "method"), common.WHOLE_TEXT)
+    kinds |= dict.fromkeys(("prompt_share", "decode_budget"), common.AMOUNT)
+    check_fields(row, kinds)
+    if row.get("references") != []:
+        check_fields(row, {"references": list_of(common.BOOL, count)})
 
 
 # ---- the report -------------------------------------------------------------------------------------------
