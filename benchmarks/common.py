@@ -112,8 +112,8 @@ def check_flags(arguments: argparse.Namespace) -> None:
         parse_method(method)
     inputs = {flag: given.get(name) for flag, name in (("--data", "data"), ("--score-only", "score_only"))}
     inputs |= {f"--text {path}": path for path in given.get("text") or []}
-    if "" in inputs.values():  # a shell variable that is not set
-        raise ValueError("--data, --score-only or --text is '': give a file name")
+    for flag in (flag for flag, path in inputs.items() if path == ""):  # a shell variable that is not set
+        raise ValueError(f"{flag.strip()} is '': give a file name")
     if given.get("checkpoint") is not None:
         inputs["--checkpoint"] = place_of(arguments.checkpoint)
     outputs = {"--json": "json", "--plot": "plot", "--predictions": "predictions"}

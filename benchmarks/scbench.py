@@ -77,7 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     common.add_result_flags(parser.add_argument_group("results"))
     arguments = common.parse_data_flags(parser, argv)
     arguments.task = arguments.task or arguments.name or "mini"
-    require_known("task", arguments.task, SCORERS)
+    require_known("task", arguments.task, SCORERS if arguments.mini else TASKS)
     if arguments.mode == "multi-request":
         arguments.reference_rate = 0.0
         if arguments.own_answers:

@@ -696,6 +696,8 @@ def test_names_that_would_overlap_are_moved_apart():
         (["--data", "no.jsonl"], "No such file or directory: 'no.jsonl'"),
         (["--score-only", "/dev/null"], "/dev/null has no usable row"),
         (["--data", "/dev/null"], "/dev/null has no usable row"),
+        (["--data", ""], "--data is '': give a file name"),
+        (["--score-only", ""], "--score-only is '': give a file name"),
         (["--mini", "--device", "tpu"], "device is 'tpu'"),
     ],
 )
