@@ -188,7 +188,7 @@ MISSING = "missing"  # there is none
 
 # Every repetition of a repetition is bounded, so that no text, however long and odd, is read in more than linear time.
 DIGITS = r"(?:\d(?:(?:,|\{,\}|\\,)?\d)*(?:\.\d+)?|\.\d+)"  # 1,024.50, and as LaTeX writes it: 1{,}024
-NUMBER = rf"([-−]?\\?[$€£]?[-−]?{DIGITS})"
+NUMBER = rf"((?:[-−]?\\?[$€£]?|\\?[$€£][-−]){DIGITS})"
 LETTER = r"(?!A [a-z])([A-Z])(?![\w'’])"  # B in "B." and "B because", but not in "A dog" or "Bob"
 LATEX = r"\\(?:boxed|text|textbf|mathbf|mathrm)|\\[$(\[]"
 WRAP = rf"(?:[\s:=*_`\"'$€£¥~+(\[{{]|{LATEX}|(?:USD|EUR|GBP|US|option|choice)(?=[ $(])){{0,16}}"  # before a value
@@ -263,7 +263,7 @@ def by_order(pred: str, answers: list[str], numbers: list[int]) -> list[str]:
 
 
 def letters_in_order(pred: str) -> list[str]:
-    """All that `Answer_\\d+:\\s*[^\\n]*?answer is \\(([^)\\n]*)\\)` finds, in one pass: it takes quadratic time."""
+    """All that `Answer_\\d+:\\s*[^\\n]*?answer is \\(([^)\\n]*)\\)` finds, in linear and not in quadratic time."""
     found, is_open, start = [], False, None  # start: of the text in brackets
     for match in re.finditer(r"Answer_\d+:\s*|answer is \(|\)|\n", pred):
         text = match[0]
@@ -281,7 +281,7 @@ def letters_in_order(pred: str) -> list[str]:
 
 
 def digits_in_order(pred: str) -> list[str]:
-    """All that `Answer_\\d+:.*?answer is (\\d+)` finds over line ends, in one pass: it takes quadratic time."""
+    """All that `Answer_\\d+:.*?answer is (\\d+)` finds over line ends, in linear and not in quadratic time."""
     found, is_open = [], False
     for match in re.finditer(r"Answer_\d+:|answer is (\d+)", pred):
         if is_open and match[1]:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from hypothesis import given, settings
@@ -226,6 +227,16 @@ def test_what_follows_the_words_of_the_prompt_is_read_as_it_always_was(text):
         assert longgenbench.read_answer(text, str) == match[1]
     elif match and re.fullmatch(r"-?\d+(,\d+)*(\.\d+)?", match[2]):
         assert longgenbench.read_answer(text, float) == float(match[2].replace(",", ""))
+
+
+@given(st.lists(st.sampled_from([*PIECES, "-", "\u2212", "$", "\u0663", "\u00b2", "{,}", "Answer_1:"])).map("".join))
+@hypothesis.example("--7")
+@hypothesis.example("-$-7")
+def test_any_text_is_scored(text):
+    for answer in ("B", "#### 7", "#### " + text):
+        if gold(answer) is not None:
+            [outcome] = longgenbench.by_number("Answer_1: answer is " + text, [answer], [1])
+            assert outcome in (RIGHT, WRONG, UNREAD)
 
 
 def test_a_report_tells_wrong_answers_from_those_that_are_missing_or_cannot_be_read(tmp_path, capsys):
