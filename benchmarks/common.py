@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -110,13 +111,14 @@ def check_flags(arguments: argparse.Namespace) -> None:
     given = vars(arguments)
     for method in given.get("methods", []):
         parse_method(method)
-    inputs = {"--data": "data", "--score-only": "score_only", "--checkpoint": "checkpoint"}
-    texts = {f"--text {path}": path for path in given.get("text") or []}
+    inputs = {flag: given.get(name) for flag, name in (("--data", "data"), ("--score-only", "score_only"))}
+    inputs |= {f"--text {path}": path for path in given.get("text") or []}
+    for flag in (flag for flag, path in inputs.items() if path == ""):  # a shell variable that is not set
+        raise ValueError(f"{flag.strip()} is '': give a file name")
+    if given.get("checkpoint") is not None:
+        inputs["--checkpoint"] = place_of(arguments.checkpoint)
     outputs = {"--json": "json", "--plot": "plot", "--predictions": "predictions"}
-    check_outputs(
-        {flag: given.get(name) for flag, name in outputs.items()},
-        {flag: given.get(name) for flag, name in inputs.items()} | texts,
-    )
+    check_outputs({flag: given.get(name) for flag, name in outputs.items()}, inputs)
     plots.check_plot(arguments.plot)
 
 
@@ -124,7 +126,7 @@ def parse_data_flags(parser: Parser, argv: list[str] | None) -> argparse.Namespa
     """Arguments with `name`: what the data are called ("" for --mini). It names the file of predictions too."""
     arguments = parser.parse_args(argv)
     arguments.name = Path(arguments.data or getattr(arguments, "hub", None) or "").stem
-    if arguments.name and not arguments.predictions:
+    if arguments.name and arguments.predictions is None:
         arguments.predictions = f"{arguments.name}.predictions.jsonl"
     check_flags(arguments)
     return arguments
@@ -159,6 +161,65 @@ def read_rows(path: Path | str, parse: Callable[[dict], object]) -> list:
             except (ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError) as error:
                 note(f"{path}:{number}: skipped: {one_line(error)}")
     return rows
+
+
+class Kind(NamedTuple):
+    """What a field of a row must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[object], bool]
+
+    def __or__(self, other: "Kind") -> "Kind":
+        return Kind(f"{self.words} or {other.words}", lambda x: self.holds(x) or other.holds(x))
+
+
+def is_whole(x) -> bool:
+    """JSON can name half a character (a lone surrogate), which no tokenizer, plot or terminal takes."""
+    return isinstance(x, str) and x == x.encode("utf-8", "replace").decode()
+
+
+NOTHING = Kind("null", lambda x: x is None)
+TEXT = Kind("a text", lambda x: isinstance(x, str))
+WHOLE_TEXT = Kind("a text without half a character (a lone surrogate)", is_whole)
+COUNT = Kind("a whole number of 0 or more", lambda x: type(x) is int and 0 <= x < 2**63)
+AMOUNT = Kind("a number of 0 or more", lambda x: type(x) in (int, float) and 0 <= x < 1e100)  # no NaN, no infinity
+POSITIVE = Kind("a number above 0", lambda x: AMOUNT.holds(x) and x > 0)
+NUMBER = Kind("a number", lambda x: type(x) in (int, float) and abs(x) < 1e100)
+INT = Kind("a whole number", lambda x: type(x) is int and abs(x) < 2**63)
+BOOL = Kind("true or false", lambda x: isinstance(x, bool))
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    """A list, of one or more items or of just so many."""
+
+    def holds(x) -> bool:
+        return isinstance(x, list) and len(x) == (length or max(1, len(x))) and all(map(kind.holds, x))
+
+    return Kind(f"a list of {length or 'one or more'}, each {kind.words}", holds)
+
+
+def record(kinds: dict[str, Kind]) -> Kind:
+    """A JSON object that has at least these fields."""
+
+    def holds(x) -> bool:
+        return isinstance(x, dict) and all(name in x and kind.holds(x[name]) for name, kind in kinds.items())
+
+    return Kind("an object with " + ", ".join(f"{name} ({kind.words})" for name, kind in kinds.items()), holds)
+
+
+STATS = record(dict.fromkeys(("prompt_slots", "decode_slots", "live_peak", "kv_bytes", "tokens_per_s"), AMOUNT))
+
+
+def check_fields(row: dict, kinds: dict[str, Kind]) -> None:
+    """ValueError names the first field that is not what it must be."""
+    for name, kind in kinds.items():
+        if not kind.holds(row.get(name)):
+            found = shortened(json.dumps(row[name])) if name in row else "missing"
+            raise ValueError(f"`{name}` is {found}: it must be {kind.words}")
+
+
+def shortened(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:60]} ..."
 
 
 def read_some_rows(path: Path | str, parse: Callable[[dict], object], limit: int | None = None) -> list:
@@ -264,18 +325,26 @@ def progress(total: int, unit: str) -> tqdm:
 
 
 def run_jobs(
-    model, inputs: list, asked: list[dict], jobs: list[Job], arguments: argparse.Namespace, predict: Callable, unit: str
+    model,
+    inputs: list,
+    asked: list[dict],
+    jobs: list[Job],
+    arguments: argparse.Namespace,
+    predict: Callable,
+    check: Callable[[dict], None],
+    unit: str,
 ) -> list[dict]:
     """Rows {"key", **job.labels, **asked[i], **prediction}, one for each job and input.
 
     Only those are made that are not in the file of predictions yet. predict(missing, job, bar) yields (i, prediction)
     of the missing inputs; inputs: for each prompt, everything but the job that decides the tokens. In between it may
-    move the bar by parts of an input.
+    move the bar by parts of an input. check(row) raises ValueError for a row of the file that cannot be used.
     """
     path, weights = arguments.predictions, fingerprint(model, arguments.checkpoint)
-    predictions = Predictions(path)
     texts = [[json.dumps([job.effective(), weights, each]) for each in inputs] for job in jobs]
     keys = [[hashlib.sha256(text.encode()).hexdigest()[:20] for text in row] for row in texts]
+    of_key = {key: own for row in keys for key, own in zip(row, asked, strict=True)}
+    predictions = Predictions(path, lambda row: check(row | of_key[row["key"]]) if row["key"] in of_key else None)
     missing = [[i for i, key in enumerate(row) if key not in predictions.rows] for row in keys]
     total, left = len(jobs) * len(inputs), sum(map(len, missing))
     if left < total:
@@ -344,16 +413,19 @@ def live_peak(running: cache.Cache, row: int, steps: int) -> float:
 
 
 class Predictions:
-    """Finished prompts by key, in a .jsonl file that a run reads first and then appends to; None: no file."""
+    """Finished prompts by key, in a .jsonl file that a run reads first and then appends to; None: no file.
+
+    check(row) raises ValueError for a row that this run cannot use. It is named and left in the file.
+    """
 
     START = b'{"key": "'  # of every line
 
-    def __init__(self, path: str | None):
+    def __init__(self, path: str | None, check: Callable[[dict], None] = lambda row: None):
         self.path = Path(path) if path else None
         self.rows: dict[str, dict] = {}
         if self.path and self.path.exists():
             cut_half_line(self.path, self.START)
-            self.rows = {row["key"]: row for row in read_rows(self.path, with_key)}
+            self.rows = {row["key"]: row for row in read_rows(self.path, partial(with_key, check))}
 
     def add(self, row: dict) -> None:
         self.rows[row["key"]] = row
@@ -362,14 +434,10 @@ class Predictions:
                 file.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
-def with_key(row: dict) -> dict:
+def with_key(check: Callable[[dict], None], row: dict) -> dict:
     if not isinstance(row.get("key"), str):
         raise ValueError("no `key`: not a prediction of this program")
-    wanted = {"pred": str, "finish_reason": str, "nll": list, "kl": list, "same": list, "needles": list}
-    wrong = [name for name, kind in wanted.items() if name in row and type(row[name]) is not kind]
-    numbers = row.get("stats", {}).values()
-    if wrong or not all(isinstance(x, int | float | str) for x in numbers):
-        raise ValueError(f"{', '.join(wrong) or 'stats'} of another type than this program writes")
+    check(row)
     return row
 
 
@@ -394,4 +462,4 @@ def publish(
     report.write_json(arguments.json, {"arguments": vars(arguments), "lines": lines})  # first: printing may fail
     if arguments.plot:
         plots.plot(arguments.plot, panels(lines), highlighted)
-    print(report.accuracy_table(lines, columns, legend))
+    report.show(report.accuracy_table(lines, columns, legend))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import common, report
-from benchmarks.common import Job, Sizes, positive
+from benchmarks.common import Job, Sizes, check_fields, list_of, positive
 from benchmarks.plots import Panel
 from benchmarks.report import figure
 from cli.program import note, run_program
@@ -38,6 +38,7 @@ METHODS = ["full", "slide", "slide:score=own", "slide:score=current", "adaptive"
            "streaming"]  # fmt: skip
 HIGHLIGHTED = ["full", "slide", "slide:score=own", "recent", "h2o"]
 PARTS = 4  # quarters of the output
+MOST_NLL = 700  # above it, the perplexity is larger than a float
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,8 +235,17 @@ def run(arguments: argparse.Namespace) -> list[dict]:
         asked = [{"source": source_of(arguments), "text": start + i} for i in range(len(batch))]
         work = partial(predict, model, batch, Reference(model, settings, batch))
         inputs = [asdict(sample) for sample in batch]
-        rows += common.run_jobs(model, inputs, asked, jobs, arguments, work, "texts")
+        rows += common.run_jobs(model, inputs, asked, jobs, arguments, work, check_made, "texts")
     return rows
+
+
+def check_made(row: dict) -> None:
+    """What a run has made of a text."""
+    kinds = dict.fromkeys(("nll", "kl", "same"), list_of(common.NUMBER, PARTS))
+    check_fields(row, kinds | {"stats": common.STATS})
+    if row.get("needles") != []:
+        needle = common.record({"distance": common.COUNT, "right": list_of(common.BOOL)})
+        check_fields(row, {"needles": list_of(needle)})
 
 
 def source_of(arguments: argparse.Namespace) -> str:
@@ -318,7 +328,7 @@ def lines_of(rows: list[dict]) -> list[dict]:
 def line_of(rows: list[dict], full: dict[int, dict]) -> dict:
     nll = [statistics.mean(row["nll"]) for row in rows]
     line = {name: rows[0].get(name) for name in report.LABELS}
-    line |= {"texts": len(rows), "perplexity": exp(statistics.mean(nll))}
+    line |= {"texts": len(rows), "perplexity": exp(min(statistics.mean(nll), MOST_NLL))}
     line |= {name: mean_of(rows, name) for name in ("kl", "same")}
     line |= {
         f"{name}_parts": [statistics.mean(row[name][i] for row in rows) for i in range(PARTS)] for name in ("nll", "kl")

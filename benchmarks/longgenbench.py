@@ -6,6 +6,7 @@ python benchmarks/longgenbench.py --score-only FILE.jsonl       rows with "answe
 """
 
 import argparse
+import math
 import re
 import statistics
 import sys
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from problems import make_problem
 
 from benchmarks import common, report
-from benchmarks.common import Sizes, positive
+from benchmarks.common import Sizes, check_fields, list_of, positive
 from benchmarks.plots import Panel, position_panel
 from benchmarks.report import Scored, accuracy, percent, percent_at
 from cli.program import run_program
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 def benchmark(arguments: argparse.Namespace) -> None:
     predictions = read_predictions(arguments.score_only) if arguments.score_only else run(arguments)
     lines = [line_of(rows, arguments.pairing) for rows in report.grouped(predictions, *report.LABELS)]
-    common.publish(arguments, lines, COLUMNS, panels, HIGHLIGHTED)
+    common.publish(arguments, lines, COLUMNS, panels, HIGHLIGHTED, LEGEND)
 
 
 # ---- the command line -------------------------------------------------------------------------------------
@@ -107,12 +108,13 @@ PLAIN = "<<SYS>>\n {} \n<</SYS>>\n\n{}"  # the form that the paper gave Llama 3.
 
 def data_example(row: dict) -> Example:
     """A published row -> an Example; ValueError says what is wrong with it."""
-    prompt, answers = str(row.get("prompt")), checked_answers(row)
+    check_fields(row, {"prompt": common.WHOLE_TEXT, "task": common.WHOLE_TEXT | common.NOTHING})
+    prompt, answers = row["prompt"], checked_answers(row)
     numbers = question_numbers(prompt, len(answers))
     if not numbers:
         raise ValueError(f"{len(answers)} answers, but not as many lines `Question_N:` in the prompt")
     task = row.get("task")
-    system = SYSTEM + (ABOUT.format(str(task).replace("_", " ")) if task else "")
+    system = SYSTEM + (ABOUT.format(task.replace("_", " ")) if task else "")
     return Example(prompt, answers, numbers, system)
 
 
@@ -168,7 +170,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     source = common.source_of(arguments, arguments.name or mini)
     asked = [{name: getattr(example, name) for name in SCORED} | {"source": source} for example in examples]
     work = partial(common.predict, model, tokenizer, prompts)
-    return common.run_jobs(model, prompts, asked, jobs, arguments, work, "prompts")
+    return common.run_jobs(model, prompts, asked, jobs, arguments, work, check_made, "prompts")
 
 
 def settings_of(arguments: argparse.Namespace, solution: int, questions: int) -> dict:
@@ -181,53 +183,111 @@ def settings_of(arguments: argparse.Namespace, solution: int, questions: int) ->
 
 # ---- scoring ----------------------------------------------------------------------------------------------
 
-NUMBER = r"\$?(-?\d[\d,]*(?:\.\d+)?)"
+RIGHT, WRONG = "right", "wrong"
+UNREAD = "unread"  # there is an answer, but no letter or number was found in it
+MISSING = "missing"  # there is none
+
+# Every repetition of a repetition is bounded, so that no text, however long and odd, is read in more than linear time.
+DIGITS = r"(?:\d(?:(?:,|\{,\}|\\,)?\d)*(?:\.\d+)?|\.\d+)"  # 1,024.50, and as LaTeX writes it: 1{,}024
+NUMBER = rf"((?:[-−]?\\?[$€£]?|\\?[$€£][-−]){DIGITS})"
+LETTER = r"(?!A [a-z])([A-Z])(?![\w'’])"  # B in "B." and "B because", but not in "A dog" or "Bob"
+LATEX = r"\\(?:boxed|text|textbf|mathbf|mathrm)|\\[$(\[]"
+WRAP = rf"(?:[\s:=*_`\"'$€£¥~+(\[{{]|{LATEX}|(?:USD|EUR|GBP|US|option|choice)(?=[ $(])){{0,16}}"  # before a value
+UNIT = r"(?:\\?%|[ ~]?(?:\\text\{ ?)?[A-Za-z€£$¥]{1,12})?"
+END = r"[\s.,;!*_`\"'$)\]}\\#>-]{0,32}\Z"
+LABEL = r"A(?:nswer|NSWER)[\\_ #(]{0,3}(\d{1,9})[*_) ]{0,4}"
+HEADER = re.compile(rf"{LABEL}:|^[#*> ]{{0,8}}{LABEL}$", re.MULTILINE)  # Answer_1:  **Answer 1:**  ### Answer 1
 GOLD = re.compile(rf"([A-Z])\Z|(?:.*)#### *{NUMBER}", re.DOTALL)
-ANSWER = re.compile(rf"answer is (?:\(([A-Z])\)|{NUMBER})")
+
+
+def ways_to_say(value: str, as_asked: str, whole: str) -> list[re.Pattern]:
+    """How an answer names its value: as the prompt asks for it, then as models do, the clearest way first."""
+    boxed, hashes = rf"\\boxed\{{{WRAP}{value}", rf"#### *{WRAP}{value}"
+    loose = [rf"[Aa]nswer[*_]{{0,2}} is\b{WRAP}{value}", boxed, rf"[Aa]nswer[*_]{{0,2}} ?:{WRAP}{value}", hashes]
+    return [re.compile(pattern) for pattern in (f"answer is {as_asked}", *loose, rf"\A{WRAP}{whole}{END}")]
+
+
+SAYS = {float: ways_to_say(NUMBER, NUMBER, NUMBER + UNIT), str: ways_to_say(LETTER, r"\(([A-Z])\)", LETTER)}
 
 
 def gold(answer: str) -> str | float | None:
+    """The letter or the number that is right; None where the text has neither."""
     match = GOLD.match(answer)
-    return match and value(match)
+    if not match or match[1]:
+        return match and match[1]
+    number = to_number(match[2])
+    return number if math.isfinite(number) else None
 
 
-def value(match: re.Match) -> str | float:
-    """The letter or the number that a pattern above found."""
-    letter, number = match.groups()
-    return letter or float(number.replace(",", ""))
+def to_number(text: str) -> float:
+    return float(re.sub(r"[^\d.-]", "", text.replace("−", "-")))
 
 
-def by_number(pred: str, answers: list[str], numbers: list[int]) -> list[bool]:
-    """Each answer against the text after its own `Answer_N:`; the first counts if there are two."""
-    parts = re.split(r"Answer_(\d{1,9}):", pred)
-    given = {}
-    for number, text in zip(parts[1::2], parts[2::2], strict=True):
-        if match := ANSWER.search(text):
-            given.setdefault(int(number), value(match))
-    return [given.get(number) == gold(answer) for number, answer in zip(numbers, answers, strict=True)]
+def read_answer(text: str, kind: type) -> str | float | None:
+    """The letter (str) or the number (float) that a text says; None if there is none that can be read."""
+    for pattern in SAYS[kind]:
+        if match := pattern.search(text):
+            return match[1] if kind is str else to_number(match[1])
+    return None
 
 
-def by_order(pred: str, answers: list[str], numbers: list[int]) -> list[bool]:
+def by_number(pred: str, answers: list[str], numbers: list[int]) -> list[str]:
+    """Each answer against the text after its own `Answer_N:`; of several, the first that can be read counts."""
+    headers = list(HEADER.finditer(pred))
+    starts = [header.start() for header in headers] + [len(pred)]
+    texts: dict[int, list[str]] = {}
+    for header, end in zip(headers, starts[1:], strict=True):
+        texts.setdefault(int(header[1] or header[2]), []).append(pred[header.end() : end])
+    return [outcome(texts.get(number), gold(answer)) for number, answer in zip(numbers, answers, strict=True)]
+
+
+def outcome(texts: list[str] | None, wanted: str | float) -> str:
+    if texts is None:
+        return MISSING
+    readings = (read_answer(text, type(wanted)) for text in texts)
+    given = next((reading for reading in readings if reading is not None), None)
+    if given is None:
+        return UNREAD
+    return RIGHT if given == wanted else WRONG
+
+
+def by_order(pred: str, answers: list[str], numbers: list[int]) -> list[str]:
     """The official rule: the i-th answer found against the i-th expected, whatever their numbers; digits as text."""
     if all(re.fullmatch("[A-Z]", answer) for answer in answers):
-        given, expected = in_order(r"\(([^)\n]{0,999})\)", "\n", pred), answers
+        given, expected = letters_in_order(pred), answers
     else:
-        given = in_order(r"(\d+)", "(?!)", pred)
+        given = digits_in_order(pred)
         found = [re.search(r"####\s*(\d+)", answer) for answer in answers]
         expected = [match and match[1] for match in found]
-    given += [""] * (len(expected) - len(given))
-    return [a == b for a, b in zip(expected, given, strict=False)]
+    outcomes = [RIGHT if a == b else WRONG for a, b in zip(expected, given, strict=False)]
+    return outcomes + [MISSING] * (len(expected) - len(outcomes))
 
 
-def in_order(answer: str, end: str, pred: str) -> list[str]:
-    """What `answer is` names first after each `Answer_N:`, before `end`. One pass, however long and odd the text is."""
-    found, is_open = [], False
-    for match in re.finditer(rf"(Answer_\d+:\s*)|answer is {answer}|{end}", pred):
-        if match[1]:
+def letters_in_order(pred: str) -> list[str]:
+    """All that `Answer_\\d+:\\s*[^\\n]*?answer is \\(([^)\\n]*)\\)` finds, in linear and not in quadratic time."""
+    found, is_open, start = [], False, None  # start: of the text in brackets
+    for match in re.finditer(r"Answer_\d+:\s*|answer is \(|\)|\n", pred):
+        text = match[0]
+        if "\n" in text:  # it ends what was open, but a header reaches over it
+            is_open, start = text != "\n", None
+        elif text == ")":
+            if start is not None:
+                found.append(pred[start : match.start()])
+                is_open, start = False, None
+        elif text[0] == "A":
             is_open = True
-        elif is_open:
-            found += [match[2]] if match[2] is not None else []
-            is_open = False
+        elif is_open and start is None:
+            start = match.end()
+    return found
+
+
+def digits_in_order(pred: str) -> list[str]:
+    """All that `Answer_\\d+:.*?answer is (\\d+)` finds over line ends, in linear and not in quadratic time."""
+    found, is_open = [], False
+    for match in re.finditer(r"Answer_\d+:|answer is (\d+)", pred):
+        if is_open and match[1]:
+            found.append(match[1])
+        is_open = not match[1]
     return found
 
 
@@ -235,19 +295,37 @@ PAIRINGS: dict[str, Callable] = {"number": by_number, "official": by_order}
 
 
 def read_predictions(path: str) -> list[dict]:
-    return [{"method": Path(path).stem} | row for row in common.read_some_rows(path, checked_prediction)]
+    name = Path(path).stem.encode("utf-8", "replace").decode()
+    return [{"method": name} | row for row in common.read_some_rows(path, checked_prediction)]
 
 
 def checked_prediction(row: dict) -> dict:
-    """A row that this program wrote, or one of the official results."""
-    answers, pred = checked_answers(row), row.get("pred")
-    if not isinstance(pred, str):
-        raise ValueError("no text in `pred`")
-    if row.keys() >= {"numbers", "references", "seed", "stats"}:
+    """A row that this program wrote, or one of the official results, which have none of these fields."""
+    answers = checked_answers(row)
+    if row.keys() & {"key", "numbers", "stats"}:
+        check_made(row)
+        check_asked(row)
         return row
+    check_fields(row, {"pred": common.TEXT})
     first = 6 if isinstance(gold(answers[0]), str) else 9  # after 5 solved examples, or GSM8K's 8
     numbers = question_numbers(str(row.get("prompt")), len(answers)) or range(first, first + len(answers))
-    return {"answers": answers, "pred": pred, "numbers": list(numbers), "references": [], "seed": 0}
+    return {"answers": answers, "pred": row["pred"], "numbers": list(numbers), "references": [], "seed": 0}
+
+
+def check_made(row: dict) -> None:
+    """What a run has made of a prompt."""
+    check_fields(row, {"pred": common.TEXT, "finish_reason": common.TEXT, "stats": common.STATS})
+
+
+def check_asked(row: dict) -> None:
+    """What a prediction carries along, so that it can be scored alone; its answers have been checked."""
+    count = len(row["answers"])
+    kinds = {"numbers": list_of(common.COUNT, count), "seed": common.INT}
+    kinds |= dict.fromkeys(("source", "method"), common.WHOLE_TEXT)
+    kinds |= dict.fromkeys(("prompt_share", "decode_budget"), common.AMOUNT)
+    check_fields(row, kinds)
+    if row.get("references") != []:
+        check_fields(row, {"references": list_of(common.BOOL, count)})
 
 
 # ---- the report -------------------------------------------------------------------------------------------
@@ -255,8 +333,8 @@ def checked_prediction(row: dict) -> dict:
 
 def line_of(rows: list[dict], pairing: str) -> dict:
     """All there is to say about one method at one budget."""
-    right = [PAIRINGS[pairing](row["pred"], row["answers"], row["numbers"]) for row in rows]
-    scored = [Scored(row["seed"], scores) for row, scores in zip(rows, right, strict=True)]
+    outcomes = [PAIRINGS[pairing](row["pred"], row["answers"], row["numbers"]) for row in rows]
+    scored = [Scored(row["seed"], [x == RIGHT for x in each]) for row, each in zip(rows, outcomes, strict=True)]
     references = [row["references"] or [False] * len(row["answers"]) for row in rows]
     cross = accuracy(scored, lambda prompt, i: references[prompt][i])
     return {
@@ -267,6 +345,7 @@ def line_of(rows: list[dict], pairing: str) -> dict:
         "quartiles": report.accuracy_by_part(scored, 4),
         "eighths": report.accuracy_by_part(scored, 8),
         "prompts": len(rows),
+        **{name: sum(each.count(name) for each in outcomes) for name in (MISSING, UNREAD)},
         "examples": [100 * statistics.mean(row.scores) for row in scored],
         **report.costs(rows),
     }
@@ -279,8 +358,11 @@ COLUMNS: report.Columns = {
     "plain": percent("plain"),
     "cross-ref": percent("cross_reference"),
     **{f"Q{i + 1}": percent_at("quartiles", i) for i in range(4)},
+    **{name: lambda line, name=name: str(line[name] or "") for name in (MISSING, UNREAD)},
     **report.COST_COLUMNS,
 }
+LEGEND = """
+missing, unread: answers that are not there, and answers in which no letter or number was found."""
 
 
 def panels(lines: list[dict]) -> list[Panel]:

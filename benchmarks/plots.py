@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 COLOURS = ["#1f2933", "#0b7a75", "#e8710a", "#c2185b", "#3f6fd8"]
@@ -33,6 +34,8 @@ def check_plot(path: str | None) -> None:
     """Refuse what could not be drawn, before anything runs."""
     if path and Path(path).suffix not in (".png", ".pdf", ".svg"):
         raise ValueError(f"--plot is {path}: it must be .png, .pdf or .svg")
+    if path and not find_spec("matplotlib"):
+        raise ValueError("--plot: matplotlib is not installed: pip install matplotlib")
 
 
 def plot(path: str, panels: list[Panel], highlighted: list[str]) -> None:
@@ -83,6 +86,7 @@ def write_names(ax, lines: dict[str, list[tuple[float, float]]], colours: dict[s
             verticalalignment="center",
             color=colours.get(name, GREY_TEXT),
             fontsize=8,
+            parse_math=False,  # a file's name may have dollar signs
             fontweight="bold" if name in colours else "normal",
             arrowprops=line | {"relpos": (0, 0.5)},  # the line ends at the left of the name, half way up
         )

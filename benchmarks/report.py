@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -146,6 +147,12 @@ def accuracy_table(lines: list[dict], columns: Columns, legend: str = "") -> str
         columns = columns | {"source": lambda line: line["source"] or ""}
         sources = []  # each row names its own
     return "\n".join([*filter(None, sources), table(lines, columns), LEGEND + legend])
+
+
+def show(text: str) -> None:
+    """What a terminal lacks, or half a character of a file's name, is replaced."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 # ---- JSON -------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from problems import RESULT, make_problem
 from tqdm import tqdm
 
 from benchmarks import common, report
-from benchmarks.common import Job, Sizes, positive
+from benchmarks.common import Job, Sizes, check_fields, list_of, positive
 from benchmarks.plots import Panel, position_panel
 from benchmarks.report import Scored, accuracy, figure, percent_at, share_text
 from cache import Cache
@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     common.add_result_flags(parser.add_argument_group("results"))
     arguments = common.parse_data_flags(parser, argv)
     arguments.task = arguments.task or arguments.name or "mini"
-    require_known("task", arguments.task, SCORERS)
+    require_known("task", arguments.task, SCORERS if arguments.mini else TASKS)
     if arguments.mode == "multi-request":
         arguments.reference_rate = 0.0
         if arguments.own_answers:
@@ -218,9 +218,10 @@ def data_example(task: Task, row: dict) -> Example:
     context, turns = row.get("context"), row.get("multi_turns")
     if not context or not isinstance(turns, list) or not turns:
         raise ValueError("no `context`, or no list in `multi_turns`")
+    check_fields(row, {"context": common.WHOLE_TEXT | list_of(common.NUMBER)})  # math find has a list of numbers
     answers = [checked_answers(task, f"turn {number}", turn) for number, turn in enumerate(turns, 1)]
     return Example(
-        context=f"{task.start}{context}",  # math find has a list of numbers
+        context=f"{task.start}{context}",
         queries=[query_text(task, turn) for turn in turns],
         answers=answers,
         references=[", ".join(each) if task.score is share_named else each[0] for each in answers],
@@ -233,9 +234,11 @@ def checked_answers(task: Task, name: str, turn) -> list[str]:
         raise ValueError(f"{name} has no text in `input`")
     given, options = turn.get("answer"), options_of(turn)
     given = given if isinstance(given, list) else [given]
-    answers = ["ABCD"[options.index(x)] if x in options else str(x) for x in given if isinstance(x, str | int | float)]
+    answers = ["ABCD"[options.index(x)] if x in options else str(x) for x in given if type(x) in (str, int, float)]
     if not answers or not re.fullmatch(task.form, answers[0], re.DOTALL):
         raise ValueError(f"{name} has no `answer` of the kind that {task.score.__name__} scores")
+    if not all(map(common.is_whole, [query_text(task, turn), *answers])):
+        raise ValueError(f"{name} has half a character in it (a lone surrogate)")
     return answers
 
 
@@ -246,7 +249,7 @@ def options_of(turn: dict) -> list:
 
 def query_text(task: Task, turn: dict) -> str:
     options = "\n".join(f"{name}. {text}" for name, text in zip("ABCD", options_of(turn), strict=False))
-    what = re.search(r"The (.+) is", turn["input"])
+    what = re.search(r"The (.{1,200}) is", turn["input"])  # without a bound, a long text takes quadratic time
     what = f"What is the {what[1].lower()}?\n\n" if what else ""
     return task.query.format(input=turn["input"], options=options, what=what)
 
@@ -312,7 +315,14 @@ def run(arguments: argparse.Namespace) -> list[dict]:
     about = {"task": arguments.task, "source": common.source_of(arguments, what, mode)}
     asked = [about | {"answers": example.answers, "seed": example.seed} for example, _ in pairs]
     inputs, work = list(map(asdict, dialogues)), partial(predict, model, tokenizer, dialogues)
-    return common.run_jobs(model, inputs, asked, jobs, arguments, work, "conversations")
+    return common.run_jobs(model, inputs, asked, jobs, arguments, work, check_made, "conversations")
+
+
+def check_made(row: dict) -> None:
+    """What a run has made of a conversation."""
+    count = len(row["answers"])
+    kinds = {"preds": list_of(common.TEXT, count), "start_s": list_of(common.AMOUNT, count), "stats": common.STATS}
+    check_fields(row, kinds | {"prefill_s": common.POSITIVE, "restart": common.AMOUNT | common.NOTHING})
 
 
 def stops_at_newline(tokenizer: Tokenizer) -> Tokenizer:
@@ -445,7 +455,7 @@ def times(rows: list[dict]) -> dict:
     if later := [seconds for turn in turns[1:] for seconds in turn]:
         later_s = statistics.median(later)
         known |= {"later_start_s": later_s, "saved_prefills": (first_s - later_s) / prefill_s}
-    if restarts := [row["restart"] for row in rows if row["restart"] is not None]:
+    if restarts := [row["restart"] for row in rows if row.get("restart") is not None]:
         known["restart"] = statistics.median(restarts)
     return known
 

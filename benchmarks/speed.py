@@ -66,7 +66,7 @@ def benchmark(arguments: argparse.Namespace) -> None:
         report.write_json(arguments.json, about | {name: lines})  # a run that is cut short leaves what it has
     if arguments.plot:
         plots.plot(arguments.plot, panels(lines), [])
-    print(report.table(lines, columns), legend, sep="\n")
+    report.show(f"{report.table(lines, columns)}\n{legend}")
 
 
 # ---- the command line -------------------------------------------------------------------------------------

@@ -110,6 +110,7 @@ def test_own_continuations_are_what_the_model_says(mini, monkeypatch):
     [
         (["--text", README, "--prompt-tokens", "90000"], "3940 tokens"),
         (["--text", "missing.txt"], "missing.txt"),
+        (["--text", ""], "--text is '': give a file name"),
         (["--needles", "--distances", "5000"], "--distances"),
         (["--needles", "--distances", "300", "301", "--text", README, "--output-tokens", "500"], "apart"),
         (["--methods", "slid"], "slid"),

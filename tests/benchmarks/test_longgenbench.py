@@ -9,15 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import scope
 from benchmarks import common, longgenbench, plots
 from benchmarks.common import Predictions, Sizes
-from benchmarks.longgenbench import by_number, by_order, gold, main, prompt_ids
+from benchmarks.longgenbench import MISSING, RIGHT, UNREAD, WRONG, gold, main, prompt_ids
 from benchmarks.report import Scored, accuracy
 from checkpoints import make_checkpoint, write_json
 from generate import load
@@ -42,6 +43,14 @@ def answer_text(numbers, answers) -> str:
 
 
 # ---- the scorer
+
+
+def by_number(*given) -> list[bool]:
+    return [outcome == RIGHT for outcome in longgenbench.by_number(*given)]
+
+
+def by_order(*given) -> list[bool]:
+    return [outcome == RIGHT for outcome in longgenbench.by_order(*given)]
 
 
 @given(st.sets(st.sampled_from(range(10))))
@@ -89,6 +98,196 @@ def test_the_first_answer_of_a_number_counts_and_other_numbers_do_not():
     )
     assert by_number(pred, ["#### 4", "#### 3", "#### 7"], [1, 2, 3]) == [True, True, False]
     assert by_number(f"Answer_{'9' * 5000}: The answer is {'9' * 5000}.", ["#### 1"], [1]) == [False]
+
+
+NUMBERS_SAID = [
+    ("72", 72),
+    ("**72**", 72),
+    ("**72**.", 72),
+    ("*72*", 72),
+    ("__72__", 72),
+    ("`72`", 72),
+    ('"72"', 72),
+    ("(72)", 72),
+    ("= 72", 72),
+    ("72 EUR", 72),
+    ("72 dollars.", 72),
+    ("72%", 72),
+    (r"72\%", 72),
+    ("EUR 72", 72),
+    ("USD 72", 72),
+    ("€72", 72),
+    ("£72", 72),
+    ("$72", 72),
+    ("$ 72", 72),
+    ("US$72", 72),
+    (r"\$72", 72),
+    ("$72$", 72),
+    (r"\(72\)", 72),
+    (r"\boxed{72}", 72),
+    (r"$\boxed{72}$.", 72),
+    (r"\[\boxed{\$72}\]", 72),
+    (r"\boxed{\text{72}}", 72),
+    (r"\boxed{\textbf{72}}", 72),
+    (r"\boxed{72\text{ EUR}}", 72),
+    (r"**$\boxed{\mathbf{72}}$**", 72),
+    ("1,024", 1024),
+    ("**$1,024.50**", 1024.5),
+    (r"1{,}024", 1024),
+    (r"1\,024", 1024),
+    ("1,234,567.", 1234567),
+    ("-3", -3),
+    ("\u22123", -3),
+    ("-$3", -3),
+    ("$-3", -3),
+    ("**-3.25**", -3.25),
+    (".5", 0.5),
+    ("0.5", 0.5),
+    ("72.00", 72),
+]
+LETTERS_SAID = [
+    "B",
+    "(B)",
+    "B.",
+    "**B**",
+    "**(B)**",
+    "B)",
+    "[B]",
+    r"\boxed{B}",
+    r"\boxed{\text{(B)}}",
+    "option B",
+    "`B`.",
+]
+
+
+@pytest.mark.parametrize("said, number", NUMBERS_SAID)
+def test_a_number_is_read_as_models_write_it(said, number):
+    for before in ("The answer is ", "The answer is: ", "So the **answer** is\n", "Final answer: ", ""):
+        pred = f"Answer_1: {before}{said}\n\nAnswer_2:\n{before}{said}"
+        wanted = [f"#### {number}", f"#### {number + 1}"]
+        assert longgenbench.by_number(pred, wanted, [1, 2]) == [RIGHT, WRONG], before
+
+
+@pytest.mark.parametrize("said", LETTERS_SAID)
+def test_a_letter_is_read_as_models_write_it(said):
+    for before in ("The answer is ", "The answer is: ", "The answer is:\n\n", "**Final Answer:** ", ""):
+        pred = f"Answer_6: {before}{said}\n\nAnswer_7:\n{before}{said}"
+        assert longgenbench.by_number(pred, ["B", "A"], [6, 7]) == [RIGHT, WRONG], before
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Answer_1:", "Answer 1:", "**Answer 1:**", "**Answer_1**:", "**Answer 1**", "### Answer 1:", "### Answer 1",
+     r"Answer\_1:", "Answer #1:", "ANSWER 1:", "Answer1:", "Answer (1):", "> Answer 1 :"],
+)  # fmt: skip
+def test_an_answer_is_found_under_any_header(header):
+    pred = f"Some words.\n{header}\nWe add. The answer is 72.\n\n{header.replace('1', '12')}\nThe answer is 5.\n"
+    assert longgenbench.by_number(pred, ["#### 72", "#### 6", "#### 5"], [1, 2, 12]) == [RIGHT, MISSING, RIGHT]
+    assert by_order(pred, ["#### 72"], [1]) == [header == "Answer_1:"], "as published"
+
+
+@pytest.mark.parametrize(
+    "said, kind",
+    [
+        ("", float),
+        ("I do not know.", float),
+        ("the total: 43333", float),
+        ("The answer is unclear: 3 or 4", float),
+        ("We add 3 and 4.", float),
+        ("The answer is (B).", float),
+        (r"The answer is \frac{1}{2}", float),
+        ("The answer is not 5.", float),
+        ("The answer is A dog.", str),
+        ("The answer is Bob.", str),
+        ("The answer is 72.", str),
+        ("I'd say a cat.", str),
+    ],
+)
+def test_what_cannot_be_read_is_told_from_a_wrong_answer(said, kind):
+    wanted = "#### 7" if kind is float else "B"
+    assert longgenbench.read_answer(said, kind) is None
+    assert longgenbench.by_number(f"Answer_1: {said}", [wanted, wanted], [1, 2]) == [UNREAD, MISSING]
+
+
+def test_the_clearest_statement_counts_first():
+    pred = r"Answer_1: The first answer: 3. With \boxed{4} and so on the answer is 5. #### 6"
+    assert by_number(pred, ["#### 5"], [1]) == [True]
+    assert longgenbench.read_answer(r"Answer: 3, but \boxed{4}", float) == 4
+    assert longgenbench.read_answer("so\n#### 1,000", float) == 1000
+
+
+OLD_ANSWER = re.compile(r"answer is (?:\(([A-Z])\)|\$?(-?\d[\d,]*(?:\.\d+)?))")
+PIECES = ["answer is ", "answer: ", "(", ")", "$", "-", "7", "12", ",", ".", "B", " ", "\n", "**", r"\boxed{", "#### "]
+
+
+@given(st.lists(st.sampled_from(PIECES)).map("".join))
+def test_what_follows_the_words_of_the_prompt_is_read_as_it_always_was(text):
+    match = OLD_ANSWER.search(text) if text.count("answer is ") == 1 else None
+    if match and match[1]:
+        assert longgenbench.read_answer(text, str) == match[1]
+    elif match and re.fullmatch(r"-?\d+(,\d+)*(\.\d+)?", match[2]):
+        assert longgenbench.read_answer(text, float) == float(match[2].replace(",", ""))
+
+
+@given(st.lists(st.sampled_from([*PIECES, "-", "\u2212", "$", "\u0663", "\u00b2", "{,}", "Answer_1:"])).map("".join))
+@hypothesis.example("--7")
+@hypothesis.example("-$-7")
+def test_any_text_is_scored(text):
+    for answer in ("B", "#### 7", "#### " + text):
+        if gold(answer) is not None:
+            [outcome] = longgenbench.by_number("Answer_1: answer is " + text, [answer], [1])
+            assert outcome in (RIGHT, WRONG, UNREAD)
+
+
+def test_a_report_tells_wrong_answers_from_those_that_are_missing_or_cannot_be_read(tmp_path, capsys):
+    pred = "Answer_1: The answer is 1.\nAnswer_2: The answer is 3.\nAnswer_3: Who knows?\n**Answer 5:** **5**"
+    row = {"prompt": "\n".join(f"Question_{n}: x" for n in range(1, 6)), "pred": pred}
+    file = write_rows(tmp_path / "H2O.jsonl", row | {"answers": [f"#### {n}" for n in range(1, 6)]})
+    assert main(["--score-only", file, "--json", str(tmp_path / "o.json")]) == 0
+    [line] = json.loads((tmp_path / "o.json").read_text())["lines"]
+    assert (line["accuracy"][0], line["missing"], line["unread"]) == (40, 1, 1)
+    header, _, cells = capsys.readouterr().out.splitlines()[:3]
+    assert header.split()[-2:] == ["missing", "unread"] and cells.split()[-2:] == ["1", "1"]
+    assert main(["--score-only", file, "--pairing", "official", "--json", str(tmp_path / "o.json")]) == 0
+    [line] = json.loads((tmp_path / "o.json").read_text())["lines"]
+    assert (line["accuracy"][0], line["missing"], line["unread"]) == (20, 3, 0), "two were found, the second is wrong"
+    assert "unread " not in capsys.readouterr().out.splitlines()[0]
+
+
+ODD_PARTS = ["Answer_1: ", "Answer 1: ", "answer is (", "answer is ", "Answer_1: answer is (", "Answer_1: the ", "The ",
+             "answer is (a\n", "**", "#", "#### ", "1,", "1{,}", "1.", "-", "$", r"\boxed{", r"\text{", "answer: ", " ",
+             "\n", "Answer_", "A", "_", "EUR ", "answer is:" + " " * 20]  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ODD_PARTS)
+def test_long_and_odd_answers_are_scored_in_linear_time(part):
+    text = part * 20_000
+    started = time.monotonic()
+    for answer in ("A", "#### 5"):
+        for pred in (text, "Answer_1: " + text, "Answer_1: answer is " + text, "Answer_1: " + text + "!"):
+            longgenbench.by_order(pred, [answer] * 3, [1, 2, 3])
+            longgenbench.by_number(pred, [answer] * 3, [1, 2, 3])
+        gold(text)
+        longgenbench.question_numbers(text, 3)
+    assert (time.monotonic() - started) / 8 < 0.5, "seconds for one text"
+
+
+WORDS = ["Answer_1:", "Answer_22:", " ", "\n", "answer is ", "(A)", "(B", ")", "5", "72", "x"]
+
+
+@given(st.lists(st.sampled_from(WORDS), max_size=30).map("".join))
+@settings(max_examples=300)
+def test_by_order_finds_what_the_official_expressions_find(pred):
+    letters = re.findall(r"Answer_\d+:\s*[^\n]*?answer is \(([^)\n]*)\)", pred)
+    digits = re.findall(r"Answer_\d+:.*?answer is (\d+)", pred, re.DOTALL)
+    assert longgenbench.letters_in_order(pred) == letters
+    assert longgenbench.digits_in_order(pred) == digits
+
+
+def test_official_letters_where_a_header_stands_in_an_open_bracket():
+    for pred in ("answer is (x Answer_2: answer is (B)", "Answer_1: answer is (B Answer_2:\n the answer is (C)"):
+        official = re.findall(r"Answer_\d+:\s*[^\n]*?answer is \(([^)\n]*)\)", pred)
+        assert longgenbench.letters_in_order(pred) == official and len(official) == 1
 
 
 def test_an_accuracy_has_the_spread_of_its_seeds_or_else_of_its_prompts():
@@ -412,25 +611,6 @@ def test_an_input_is_never_overwritten(folder, tmp_path, capsys):
     assert "lies in --checkpoint" in capsys.readouterr().err and Path(file).read_bytes() == before
 
 
-@pytest.mark.parametrize("part", ["Answer_1: ", "answer is (", "Answer_1: answer is (", "Answer_1: the "])
-def test_long_and_odd_answers_are_scored_in_linear_time(part):
-    started = time.monotonic()
-    for gold_answer in ("A", "#### 5"):
-        assert by_order(part * 20_000, [gold_answer] * 3, [1, 2, 3]) == [False] * 3
-    assert time.monotonic() - started < 5
-
-
-WORDS = ["Answer_1:", "Answer_22:", " ", "\n", "answer is ", "(A)", "(B", ")", "5", "72", "x"]
-
-
-@given(st.lists(st.sampled_from(WORDS)).map("".join))
-def test_by_order_finds_what_the_official_expressions_find(pred):
-    letters = re.findall(r"Answer_\d+:\s*[^\n]*?answer is \(([^)\n]*)\)", pred)
-    digits = re.findall(r"Answer_\d+:.*?answer is (\d+)", pred, re.DOTALL)
-    assert longgenbench.in_order(r"\(([^)\n]{0,999})\)", "\n", pred) == letters
-    assert longgenbench.in_order(r"(\d+)", "(?!)", pred) == digits
-
-
 @pytest.mark.parametrize("wrong", [{"stats": {"slots": None}}, {"stats": []}, {"pred": 5}, {"finish_reason": None}])
 def test_predictions_of_the_wrong_type_are_named_and_run_again(small, tmp_path, capsys, wrong):
     file = tmp_path / "p.jsonl"
@@ -527,6 +707,8 @@ def test_names_that_would_overlap_are_moved_apart():
         (["--data", "no.jsonl"], "No such file or directory: 'no.jsonl'"),
         (["--score-only", "/dev/null"], "/dev/null has no usable row"),
         (["--data", "/dev/null"], "/dev/null has no usable row"),
+        (["--data", ""], "--data is '': give a file name"),
+        (["--score-only", ""], "--score-only is '': give a file name"),
         (["--mini", "--device", "tpu"], "device is 'tpu'"),
     ],
 )

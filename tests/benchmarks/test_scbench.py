@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -74,6 +75,15 @@ def test_variables_and_words_count_in_part():
     assert scbench.word_f1("he is ace", ["an ace"]) == 0.5, "precision 1/3, recall 1"
     assert scbench.share_named("abc, xyz", ["ABC", "DEF", "XYZ", "UVW"]) == 0.5
     assert set(scbench.SCORERS) == {*TASKS, "mini"}
+
+
+@pytest.mark.parametrize("part", ["The ", "The x is", "answer is ", "answer is A", "1.", "-", "5 ", "x", "Answer_0:"])
+def test_long_and_odd_texts_take_linear_time(part):
+    started = time.monotonic()
+    for score in scbench.SCORERS.values():
+        score(part * 20_000, ["5"])
+    scbench.query_text(TASKS["scbench_mf"], {"input": part * 20_000})
+    assert time.monotonic() - started < 1
 
 
 words = st.lists(st.sampled_from(["red", "Red", "fox", "the", "7"])).map(" ".join)
@@ -435,6 +445,9 @@ def test_every_default_method_has_room_for_its_own_answers_and_its_place_in_the_
         (["--hub", "scbench_summary"], "unknown task 'scbench_summary': choose from scbench_kv, "),
         (["--data", "scbench_repoqa_and_kv.jsonl"], "unknown task 'scbench_repoqa_and_kv'"),
         (["--data", "mine.jsonl"], "unknown task 'mine': choose from"),
+        (["--data", "mine.jsonl", "--task", "mini"], "unknown task 'mini': choose from"),
+        (["--hub", ""], "unknown task 'mini': choose from"),
+        (["--data", ""], "--data is '': give a file name"),
         (["--data", "no.jsonl", "--task", "scbench_kv"], "No such file or directory: 'no.jsonl'"),
         (["--data", "/dev/null", "--task", "scbench_kv"], "/dev/null has no usable row"),
         (["--mini", "--own-answers"], "--own-answers goes with --mode multi-turn"),
