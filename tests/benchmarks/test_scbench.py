@@ -455,7 +455,7 @@ def test_every_default_method_has_room_for_its_own_answers_and_its_place_in_the_
         (["--mini", "--contexts", "0"], "--contexts: 0 is not 1 or more"),
         (["--mini", "--mode", "chat"], "invalid choice: 'chat'"),
         (["--mini", "--methods", "slid"], "unknown policy 'slid'"),
-        (["--mini", "--batch-size", "2"], "unrecognized arguments: --batch-size 2"),
+        (["--mini", "--batch-size", "2"], "unknown --batch-size 2"),
         (["--mini", "--plot", "x.txt"], "--plot is x.txt: it must be .png, .pdf or .svg"),
         (
             ["--mini", "--json", "x", "--predictions", "x"],
