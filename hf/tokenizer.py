@@ -67,7 +67,7 @@ class SentencePiece:
         return [*self.first, *ids, *self.last] if bos else ids
 
     def pieces(self, text: str) -> list[int]:
-        """Without legacy, a space that a text begins with is its own. Some models would drop it but for a text before."""
+        """Some models drop a space that a text begins with. Without legacy it counts: a text before it keeps it."""
         if self.legacy or not text.startswith((" ", SPACE)):
             return self.processor.encode(text)
         before = self.roles["unk_token"]
@@ -75,18 +75,14 @@ class SentencePiece:
 
     def decode(self, ids: list[int]) -> str:
         """Special tokens are left out, other added ones are shown."""
-        seen = [i for i in ids if (i in self.added and not self.added[i].special) or self.is_piece(i)]
-        text = ""
-        for is_piece, run in groupby(seen, self.is_piece):
-            text += self.words(list(run), not text) if is_piece else "".join(self.added[i].content for i in run)
-        return text
+        seen = [i for i in ids if not self.is_hidden(i)]
+        runs = groupby(seen, self.added.get)
+        text = "".join(token.content * len([*run]) if token else self.processor.decode([*run]) for token, run in runs)
+        # With legacy, the processor itself puts a space before each text and takes it away again.
+        return text if self.legacy else text.removeprefix(" " if self.prefix else "")
 
-    def is_piece(self, i: int) -> bool:
-        return i not in self.added and i < self.size
-
-    def words(self, ids: list[int], at_start: bool) -> str:
-        text = self.processor.decode(ids)  # strips the space before it if it encodes with one
-        return text.removeprefix(" ") if self.prefix and not self.legacy and at_start else text
+    def is_hidden(self, i: int) -> bool:
+        return self.added[i].special if i in self.added else i >= self.size
 
     def id_of(self, text: str) -> int | None:
         token = self.splitter.tokens.get(text)
@@ -241,8 +237,11 @@ def warn_once(line: str) -> None:
 def find_stops(folder: Path, raw_config: dict, vocab_size: int) -> list[int]:
     """eos_token_id of generation_config.json, or of config.json where that names none."""
     generation = Fields(read_optional_json(folder / "generation_config.json"), folder / "generation_config.json")
-    named = generation.values.get("eos_token_id") is not None
-    source = generation if named else Fields(raw_config, folder / "config.json")
+    config = Fields(raw_config, folder / "config.json")
+    given = [values.get("eos_token_id") is not None for values in (generation.values, raw_config)]
+    if generation.values and given == [False, True]:  # transformers 5 would not stop there
+        log.warning("warning: %s names no eos_token_id: that of config.json is used", generation.path)
+    source = generation if given[0] else config
 
     def holds(value) -> bool:
         ids = value if isinstance(value, list) else [value]
