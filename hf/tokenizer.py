@@ -162,13 +162,13 @@ class Tokenizer:
         """Some tokenizers know more tokens than the model: only a prompt that holds one of those is refused."""
         beyond = next((i for i in ids if i >= self.vocab_size), None)
         if beyond is not None:
-            what = f"{self.backend.text_of(beyond)!r}, token {beyond}"
-            raise ValueError(
-                f"the prompt holds {what}: the model's vocabulary is 0 to {self.vocab_size - 1}, leave it out"
+            what = f"token {beyond} ({self.backend.text_of(beyond)!a})"
+            raise ValueError(f"the prompt has {what}: the model knows 0 to {self.vocab_size - 1}, leave it out")
+        bos = self.special.get("bos_token")
+        if bos and ids[:2] == [self.backend.id_of(bos)] * 2:
+            warn_once(
+                f"warning: a prompt begins with {bos} twice: the tokenizer writes one itself, leave out the other"
             )
-        begin = self.backend.id_of(self.special.get("bos_token", ""))
-        if begin is not None and ids[:2] == [begin, begin]:
-            warn_once(f"warning: {self.backend.path}: a prompt begins with two {self.special['bos_token']}: write none")
 
     def encode_after(self, text: str) -> list[int]:
         """The ids of a text that continues another one: no bos, and no space before its first word.
@@ -220,13 +220,9 @@ def one_line_for(what: str):
 def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
     settings = read_settings(folder)
     backend = load_backend(folder, settings)
-    stops = {
-        *find_stops(folder, raw_config, vocab_size),
-        backend.id_of(backend.roles.get("eos_token", "")),
-        backend.eos_id,
-    }
-    stops = sorted(i for i in stops - {None} if 0 <= i < vocab_size)
-    return Tokenizer(backend, stops, backend.roles, read_template(folder, settings), vocab_size)
+    own = {backend.id_of(backend.roles.get("eos_token", "")), backend.eos_id}
+    stops = {*find_stops(folder, raw_config, vocab_size), *(i for i in own if i in range(vocab_size))}
+    return Tokenizer(backend, sorted(stops), backend.roles, read_template(folder, settings), vocab_size)
 
 
 @cache
@@ -237,11 +233,11 @@ def warn_once(line: str) -> None:
 def find_stops(folder: Path, raw_config: dict, vocab_size: int) -> list[int]:
     """eos_token_id of generation_config.json, or of config.json where that names none."""
     generation = Fields(read_optional_json(folder / "generation_config.json"), folder / "generation_config.json")
-    config = Fields(raw_config, folder / "config.json")
-    given = [values.get("eos_token_id") is not None for values in (generation.values, raw_config)]
-    if generation.values and given == [False, True]:  # transformers 5 would not stop there
-        log.warning("warning: %s names no eos_token_id: that of config.json is used", generation.path)
-    source = generation if given[0] else config
+    source = generation
+    if generation.values.get("eos_token_id") is None:
+        source = Fields(raw_config, folder / "config.json")
+        if generation.values and raw_config.get("eos_token_id") is not None:  # transformers 5 would never stop
+            log.warning("warning: %s names no eos_token_id: that of config.json is used", generation.path)
 
     def holds(value) -> bool:
         ids = value if isinstance(value, list) else [value]
