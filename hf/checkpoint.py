@@ -42,9 +42,7 @@ def refuse_adapter(folder: Path) -> None:
     """The base without its adapter is another model."""
     for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).exists():
-            raise ValueError(
-                f"{folder / name}: adapters are not applied: merge it into its base model, or move it away"
-            )
+            raise ValueError(f"{folder / name}: adapters are not applied: merge it into its base model or remove it")
 
 
 def find_device(name: str) -> torch.device:
@@ -199,17 +197,14 @@ MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 
 
 def check_architecture(given: Fields) -> None:
-    """Both names of the model, `architectures` (in any case of its letters) and `model_type`; one may be missing."""
-
-    def holds(value) -> bool:
-        return isinstance(value, list) and [str(name).lower() for name in value] in [
-            [x.lower()] for x in MODELS.values()
-        ]
-
+    """`architectures`, in any case of its letters. Where the list is missing, model_type says the same."""
+    spelt = {name.lower(): name for name in MODELS.values()}
     listed = given.values.get("architectures") or None
-    if listed is not None:
-        given.take("architectures", None, holds, " or ".join(f'["{name}"]' for name in MODELS.values()))
-    given.only("model_type", "llama" if listed else None, *MODELS)
+    if isinstance(listed, list):
+        listed = [spelt.get(str(name).lower(), name) for name in listed]
+    names = Fields(given.values | {"architectures": listed}, given.path)
+    names.only("architectures", [MODELS["llama"]], *([name] for name in MODELS.values()))
+    names.only("model_type", "llama" if listed else None, *MODELS)
 
 
 def quantised(what: str) -> ValueError:
@@ -325,10 +320,9 @@ def untie(config: ModelConfig, stored: dict, folder: Path) -> ModelConfig:
     if not config.tie_embeddings or not all(name in stored for name in names):
         return config
     embed, head = (stored[name].get_tensor(name) for name in names)
-    if torch.equal(embed, head):
+    if torch.equal(embed, head.to(embed.dtype)):
         return config
-    config_file = folder / "config.json"
-    log.warning("warning: %s: tie_word_embeddings is true, but lm_head.weight differs: it is used", config_file)
+    log.warning("warning: %s: tie_word_embeddings is true, but its lm_head.weight differs: that is used", folder)
     return replace(config, tie_embeddings=False)
 
 

@@ -53,9 +53,8 @@ def read_settings(folder: Path) -> Fields:
     settings = read_fields(folder / "tokenizer_config.json")
     if settings.values.get("added_tokens_decoder") is None:
         older = read_fields(folder / "special_tokens_map.json")
-        settings.values |= role_texts(older) | {
-            "additional_special_tokens": more_special(older) or more_special(settings)
-        }
+        settings.values |= role_texts(older)
+        settings.values["additional_special_tokens"] = more_special(settings) + more_special(older)
         settings.values["added_tokens_decoder"] = read_added(folder / "added_tokens.json", special_texts(settings))
     return settings
 
@@ -67,10 +66,9 @@ def read_fields(path: Path) -> Fields:
 def read_added(path: Path, special: list[str]) -> dict[str, dict]:
     """added_tokens.json, {"<|turn|>": 310}, in the form of added_tokens_decoder."""
     added = read_fields(path)
-    ids = {
-        text: added.take(text, None, lambda i: type(i) is int and 0 <= i < 10**9, "a token id") for text in added.values
-    }
-    return {str(i): {"content": text, "special": text in special} for text, i in ids.items()}
+    for text in added.values:
+        added.take(text, None, lambda i: type(i) is int and 0 <= i < 10**9, "a token id")
+    return {str(i): {"content": text, "special": text in special} for text, i in added.values.items()}
 
 
 def added_tokens(settings: Fields) -> list[AddedToken]:
