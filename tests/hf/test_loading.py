@@ -508,7 +508,7 @@ def test_a_checkpoint_that_cannot_be_run_is_refused_in_one_line_that_names_what_
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "special_tokens_map.json", "tokenizer.model", "model.safetensors"]
+    "name", ["config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer.model", "model.safetensors"]
 )
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
 def test_what_is_no_regular_file_is_not_read(capsys, folder, name, make):
