@@ -3,7 +3,7 @@
 `generate.load` calls `load_checkpoint`. A fork that brings its own weights and tokenizer does not need this folder.
 """
 
-from hf.checkpoint import find_checkpoint, find_device, find_dtype, load_model, parse_config, read_json
+from hf.checkpoint import find_checkpoint, find_device, find_dtype, load_model, parse_config, read_json, refuse_adapter
 from hf.tokenizer import load_tokenizer
 
 
@@ -11,6 +11,7 @@ def load_checkpoint(name: str, device: str, dtype: str):
     """Directory or hub id -> (Llama, Tokenizer). Raises ValueError, in one line, for what cannot be run."""
     where = find_device(device)
     folder = find_checkpoint(name)
+    refuse_adapter(folder)
     raw = read_json(folder / "config.json")
     config = parse_config(raw, folder / "config.json")
     tokenizer = load_tokenizer(folder, raw, config.vocab_size)

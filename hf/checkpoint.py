@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from scope import one_line, require
 # ---- finding the files ------------------------------------------------------------------------------------
 
 HUB_FILES = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-             "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"]  # fmt: skip
+             "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "added_tokens.json",
+             "special_tokens_map.json", "chat_template.jinja", "adapter_config.json"]  # fmt: skip
 
 
 def find_checkpoint(name: str) -> Path:
@@ -34,6 +36,13 @@ def find_checkpoint(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except Exception as error:  # no network, no login, no such repository, a full disk: they share no base class
         raise ValueError(f"checkpoint {name}: no such directory, and the hub says: {one_line(error)}") from error
+
+
+def refuse_adapter(folder: Path) -> None:
+    """The base without its adapter is another model."""
+    for name in ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).exists():
+            raise ValueError(f"{folder / name}: adapters are not applied: merge it into its base model or remove it")
 
 
 def find_device(name: str) -> torch.device:
@@ -153,8 +162,9 @@ class Fields:
 def parse_config(raw: dict, path: Path) -> ModelConfig:
     """config.json as transformers 4 or 5 write it -> ModelConfig. ValueError names the field that is not supported."""
     given = Fields(raw, path)
-    given.only("architectures", None, ["LlamaForCausalLM"], ["MistralForCausalLM"])
-    given.only("quantization_config", None, None)
+    check_architecture(given)
+    if raw.get("quantization_config") is not None:
+        raise quantised(f"{path}: quantization_config is {shown(raw['quantization_config'])}")
     given.only("hidden_act", "silu", "silu")
     given.only("partial_rotary_factor", 1.0, 1.0)
     n_heads = given.size("num_attention_heads")
@@ -183,12 +193,31 @@ def parse_config(raw: dict, path: Path) -> ModelConfig:
     return config
 
 
+MODELS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
+
+
+def check_architecture(given: Fields) -> None:
+    """`architectures`, in any case of its letters. Where the list is missing, model_type says the same."""
+    spelt = {name.lower(): name for name in MODELS.values()}
+    listed = given.values.get("architectures") or None
+    if isinstance(listed, list):
+        listed = [spelt.get(str(name).lower(), name) for name in listed]
+    names = Fields(given.values | {"architectures": listed}, given.path)
+    names.only("architectures", [MODELS["llama"]], *([name] for name in MODELS.values()))
+    names.only("model_type", "llama" if listed else None, *MODELS)
+
+
+def quantised(what: str) -> ValueError:
+    return ValueError(f"{what}: quantised weights are not supported, take the checkpoint that they were made from")
+
+
 def parse_rope(config: Fields) -> Fields:
     """The RoPE settings (rope_parameters in transformers 5, rope_scaling in 4), with the numbers of their type."""
-    old, new = (config.take(name, {}, is_object, "an object") for name in ("rope_scaling", "rope_parameters"))
-    rope = Fields(new or old, config.path)
-    kind = rope.take("type", "default", lambda x: isinstance(x, str), "a word")
-    rope.values = {"rope_type": kind} | rope.values
+    old, new = (read_rope(config, name) for name in ("rope_scaling", "rope_parameters"))
+    if old and new and old != new:
+        raise ValueError(f"{config.path}: rope_scaling is {shown(old)}, rope_parameters {shown(new)}: keep one of them")
+    rope = Fields(new or old or {"rope_type": "default"}, config.path)
+    rope.only("partial_rotary_factor", 1.0, 1.0)
     wanted = " or ".join(ROPE_SCALINGS) + " (no other is implemented)"
     rope.take("rope_type", None, lambda x: x in list(ROPE_SCALINGS), wanted)
     _, needs = ROPE_SCALINGS[rope.values["rope_type"]]
@@ -197,6 +226,16 @@ def parse_rope(config: Fields) -> Fields:
     if low >= high:
         raise ValueError(f"{config.path}: low_freq_factor is {low}: it must be below high_freq_factor, which is {high}")
     return rope
+
+
+def read_rope(config: Fields, name: str) -> dict:
+    """The settings in this field. Older files say "type" for rope_type and have rope_theta beside the field."""
+    rope = Fields(dict(config.take(name, {}, is_object, "an object")), config.path)
+    if not rope.values:
+        return {}
+    kind = rope.take("type", "default", lambda x: isinstance(x, str), "a word")
+    rope.values.pop("type", None)
+    return {"rope_type": kind, "rope_theta": config.values.get("rope_theta")} | rope.values
 
 
 def scale_linear(scaling: dict, inv_freq: Tensor) -> Tensor:
@@ -258,23 +297,42 @@ def hf_pieces(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[s
 
 def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Llama:
     stored = open_weights(folder)
+    config = untie(config, stored, folder)
     check_weights(stored, folder, config)  # first: a model larger than its file could fill the memory
     with torch.device("meta"):  # shapes only: no memory is taken twice
         model = Llama(config)
     if not (model.inv_freq * config.max_positions).isfinite().all():
         raise ValueError(f"{folder / 'config.json'}: rope_theta and its scaling overflow float32: correct them")
-    weights, bad = {}, []
+    weights = {}
     for name, tensor in model.state_dict().items():
         pieces = [piece for piece, _ in hf_pieces(name, tensor.shape, config)]
-        tensors = [stored[piece].get_tensor(piece).to(dtype) for piece in pieces]
-        bad += [piece for piece, tensor in zip(pieces, tensors, strict=True) if not is_finite(tensor)]
+        tensors = [read_tensor(stored, piece, dtype, folder) for piece in pieces]
         weights[name] = torch.cat(tensors).to(device) if len(tensors) > 1 else tensors[0].to(device)
-    if bad:
-        log.warning("warning: checkpoint %s: tensor %s holds NaN or infinity: its text will be noise", folder, bad[0])
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
         model.head.weight = model.embed.weight
     return model.to(device).eval().requires_grad_(False)
+
+
+def untie(config: ModelConfig, stored: dict, folder: Path) -> ModelConfig:
+    """A tied config whose files hold an output head of its own: it is used, as in transformers 5."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    if not config.tie_embeddings or not all(name in stored for name in names):
+        return config
+    embed, head = (stored[name].get_tensor(name) for name in names)
+    if torch.equal(embed, head.to(embed.dtype)):
+        return config
+    log.warning("warning: %s: tie_word_embeddings is true, but its lm_head.weight differs: that is used", folder)
+    return replace(config, tie_embeddings=False)
+
+
+def read_tensor(stored: dict, name: str, dtype: torch.dtype, folder: Path) -> Tensor:
+    tensor = stored[name].get_tensor(name).to(dtype)
+    if not is_finite(tensor):
+        what = f"checkpoint {folder}: tensor {name} holds NaN or infinity"
+        narrow = dtype == torch.float16 and is_finite(stored[name].get_tensor(name))
+        raise ValueError(f"{what} in float16: give --dtype float32" if narrow else f"{what}: download it again")
+    return tensor
 
 
 def split_weights(model: Llama) -> dict[str, Tensor]:
@@ -289,9 +347,12 @@ def split_weights(model: Llama) -> dict[str, Tensor]:
 
 def open_weights(folder: Path) -> dict:
     """Tensor name -> the open safetensors file that holds it. No other kind of file is ever read."""
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.exists():
-        files = sorted({folder / name for name in read_weight_map(index)})
+        files = sorted(folder / name for name in read_weight_map(index))
+        if single.exists() and files != [single]:
+            log.warning("warning: %s names other weights than %s: the latter are read", index, single.name)
+            files = [single]  # as in transformers
     else:
         files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not files:
@@ -332,6 +393,9 @@ def read_weight_map(index: Path) -> set[str]:
     return set(where.values())
 
 
+QUANTISED = {"qweight", "qzeros", "scales", "g_idx", "absmax", "weight_scale", "weight_packed"}  # GPTQ, AWQ and others
+
+
 def check_weights(stored: dict, folder: Path, config: ModelConfig) -> None:
     """Compare the names, shapes and dtypes in the files with what the config implies. Nothing of its size is built."""
     if config.n_layers > len(stored):
@@ -365,6 +429,9 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple]:
 
 def check_names(stored: dict, expected: list[str], folder: Path, config: ModelConfig) -> None:
     """Refuse tensors that are missing, and tensors that the config does not account for."""
+    packed = next((name for name in stored if name.rsplit(".", 1)[-1] in QUANTISED), None)
+    if packed:
+        raise quantised(f"checkpoint {folder} has tensor {packed}")
     missing = [name for name in expected if name not in stored]
     known = {*expected, "lm_head.weight"} if config.tie_embeddings else set(expected)
     extra = [name for name in stored if name not in known and not name.endswith("rotary_emb.inv_freq")]

@@ -5,7 +5,6 @@ import sys
 import time
 import tracemalloc
 from datetime import datetime
-from functools import partial
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
@@ -46,10 +45,15 @@ def render(text: str, messages: list[dict], special: dict) -> str:
 
     jinja = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation])
     jinja.globals |= {"raise_exception": refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
-    jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    jinja.filters["tojson"] = to_json
     template = jinja.from_string(text)
     given = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None}
     return bounded(lambda: join_pieces(template.generate(given | special)))
+
+
+def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """jinja2's own filter writes for HTML; this one has the arguments of transformers'."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def join_pieces(pieces) -> str:

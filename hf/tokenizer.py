@@ -1,68 +1,138 @@
 """Text to token ids and back, through sentencepiece or the tokenizers library, and chat templates."""
 
-import re
+import logging
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 
 from hf.checkpoint import MOST_TOKENIZER, Fields, is_object, read_file, read_optional_json, read_text
+from hf.special import AddedToken, Splitter, added_tokens, is_text, more_special, read_settings, role_texts
 from scope import one_line
+
+log = logging.getLogger("scope")
 
 # ---- backends ---------------------------------------------------------------------------------------------
 
+SPACE = "\u2581"  # sentencepiece writes a space as "▁"
+
+# Two messages of protobuf one after the other are read as one: normalizer_spec (3) { add_dummy_prefix (3): false }
+NO_PREFIX = b"\x1a\x02\x18\x00"
+
 
 class SentencePiece:
-    """tokenizer.model. Special tokens in a text become single ids, as in transformers."""
+    """tokenizer.model and the tokens that the settings add to it. The ids are those of transformers 4.
 
-    def __init__(self, path: Path, added: dict[str, int], add_bos: bool):
+    "legacy": true puts a space before each text between two added tokens, false one before the whole text.
+    """
+
+    def __init__(self, path: Path, settings: Fields):
         from sentencepiece import SentencePieceProcessor
 
         self.path = path
+        self.legacy = settings.flag("legacy", True)
+        self.prefix = SPACE if settings.flag("add_prefix_space", True) else ""
+        model = read_file(path, MOST_TOKENIZER)
         self.processor = SentencePieceProcessor()
-        self.processor.LoadFromSerializedProto(read_file(path, MOST_TOKENIZER))  # model_proto= would take nothing
-        pieces = range(self.processor.vocab_size())
-        self.special = {self.processor.id_to_piece(i): i for i in pieces if self.processor.is_control(i)}
-        self.special |= added
+        self.processor.LoadFromSerializedProto(model if self.legacy else model + NO_PREFIX)
+        self.size = self.processor.vocab_size()
         self.eos_id = self.processor.eos_id()
-        self.bos = [self.processor.bos_id()] if add_bos else []
-        self.vocab_size = max([len(pieces), *(i + 1 for i in self.special.values())])
+        self.roles = self.own_roles() | role_texts(settings)
+        self.splitter = Splitter(self.added_tokens(settings))
+        self.added = {token.id: token for token in self.splitter.tokens.values()}
+        self.first, self.last = ends(self, settings)
+
+    def own_roles(self) -> dict[str, str]:
+        ids = {"bos_token": self.processor.bos_id(), "eos_token": self.eos_id, "unk_token": self.processor.unk_id()}
+        return {role: self.processor.id_to_piece(i) for role, i in ids.items() if i >= 0}
+
+    def added_tokens(self, settings: Fields) -> list[AddedToken]:
+        """The model's control pieces, the tokens of the settings, and special ones that have no id of their own yet."""
+        control = {self.processor.id_to_piece(i): i for i in range(self.size) if self.processor.is_control(i)}
+        tokens = {text: AddedToken(text, i) for text, i in control.items()}
+        tokens |= {token.content: token for token in added_tokens(settings)}
+        for text in [*self.roles.values(), *more_special(settings)]:
+            free = max([self.size, *(token.id + 1 for token in tokens.values())])
+            i = self.processor.piece_to_id(text)
+            known = self.processor.id_to_piece(i) == text  # what is not there has the id of <unk>
+            tokens.setdefault(text, AddedToken(text, i if known else free))
+        return list(tokens.values())
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        pattern = "|".join(re.escape(piece) for piece in sorted(self.special, key=len, reverse=True))
-        ids = [i for i in self.bos if bos and i >= 0]
-        for part in re.split(f"({pattern})", text) if pattern else [text]:
-            ids += [self.special[part]] if part in self.special else self.processor.encode(part)
-        return ids
+        parts = self.splitter.split(text if self.legacy or not text else self.prefix + text.replace(SPACE, " "))
+        if not self.legacy and parts[1:] and parts[0] == SPACE and is_special(parts[1]):
+            parts = parts[1:]  # a special token needs no space before it
+        ids = [i for part in parts for i in (self.pieces(part) if isinstance(part, str) else [part.id])]
+        return [*self.first, *ids, *self.last] if bos else ids
+
+    def pieces(self, text: str) -> list[int]:
+        """Some models drop a space that a text begins with. Without legacy it counts: a text before it keeps it."""
+        if self.legacy or not text.startswith((" ", SPACE)):
+            return self.processor.encode(text)
+        before = self.roles["unk_token"]
+        return self.processor.encode(before + text)[len(self.processor.encode(before)) :]
 
     def decode(self, ids: list[int]) -> str:
-        special = set(self.special.values())
-        return self.processor.decode([i for i in ids if i not in special and i < self.processor.vocab_size()])
+        """Special tokens are left out, other added ones are shown."""
+        seen = [i for i in ids if not self.is_hidden(i)]
+        runs = groupby(seen, self.added.get)
+        text = "".join(token.content * len([*run]) if token else self.processor.decode([*run]) for token, run in runs)
+        # With legacy, the processor itself puts a space before each text and takes it away again.
+        return text if self.legacy else text.removeprefix(" " if self.prefix else "")
 
-    def id_of(self, piece: str) -> int | None:
-        return self.special.get(piece)
+    def is_hidden(self, i: int) -> bool:
+        return self.added[i].special if i in self.added else i >= self.size
+
+    def id_of(self, text: str) -> int | None:
+        token = self.splitter.tokens.get(text)
+        return token and token.id
+
+    def text_of(self, i: int) -> str:
+        return self.added[i].content if i in self.added else self.processor.id_to_piece(i)
 
 
 class FastTokenizer:
     """tokenizer.json, read by the tokenizers library. Llama 3 has no other file."""
 
-    def __init__(self, path: Path, added: dict[str, int], add_bos: bool):  # the file itself says both
+    def __init__(self, path: Path, settings: Fields):
         from tokenizers import Tokenizer as Backend
 
         self.path = path
         self.backend = Backend.from_str(read_text(path, MOST_TOKENIZER))
         self.backend.no_padding()
         self.backend.no_truncation()
-        self.vocab_size = max(self.backend.get_vocab().values(), default=-1) + 1  # there may be holes
         self.eos_id = -1  # tokenizer.json does not say which token it is
+        self.roles = role_texts(settings)
+        self.first, self.last = ends(self, settings)
+        # transformers 4 obeys the settings in its Llama classes alone; else the file says what it adds to a text.
+        kind = settings.take("tokenizer_class", "Llama", is_text, "a text")
+        given = [settings.values.get(name) for name in ("add_bos_token", "add_eos_token")]
+        self.obeys = "Llama" in kind and given != [None, None]
 
     def encode(self, text: str, bos: bool) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=bos).ids
+        ids = self.backend.encode(text, add_special_tokens=bos and not self.obeys).ids
+        return [*self.first, *ids, *self.last] if bos and self.obeys else ids
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids)
 
-    def id_of(self, piece: str) -> int | None:
-        return self.backend.token_to_id(piece)
+    def id_of(self, text: str) -> int | None:
+        return self.backend.token_to_id(text)
+
+    def text_of(self, i: int) -> str:
+        return self.backend.id_to_token(i)
+
+
+def ends(backend, settings: Fields) -> tuple[list[int], list[int]]:
+    """The ids that go before and after a prompt, as add_bos_token and add_eos_token want it."""
+    wanted = {"bos_token": settings.flag("add_bos_token", True), "eos_token": settings.flag("add_eos_token")}
+    first, last = (backend.id_of(backend.roles.get(role, "")) if adds else None for role, adds in wanted.items())
+    return [first] if first is not None else [], [last] if last is not None else []
+
+
+def is_special(part) -> bool:
+    return isinstance(part, AddedToken) and part.special
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------
@@ -74,8 +144,9 @@ class Tokenizer:
 
     backend: SentencePiece | FastTokenizer
     stop_ids: list[int]
-    special: dict  # the texts of bos_token and eos_token, for the chat template
+    special: dict  # the texts of bos_token, eos_token and so on, for the chat template
     template: str | None
+    vocab_size: int  # of the model
 
     def encode(self, text: str, bos: bool = True) -> list[int]:
         try:
@@ -83,7 +154,21 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise ValueError(f"the prompt {text[:40]!a} is no text: {one_line(error)}") from None
         with one_line_for(f"{self.backend.path} fails on the text {text[:40]!a}"):  # it may know no unknown token
-            return self.backend.encode(text, bos)
+            ids = self.backend.encode(text, bos)
+        self.check(ids)
+        return ids
+
+    def check(self, ids: list[int]) -> None:
+        """Some tokenizers know more tokens than the model: only a prompt that holds one of those is refused."""
+        beyond = next((i for i in ids if i >= self.vocab_size), None)
+        if beyond is not None:
+            what = f"token {beyond} ({self.backend.text_of(beyond)!a})"
+            raise ValueError(f"the prompt has {what}: the model knows 0 to {self.vocab_size - 1}, leave it out")
+        bos = self.special.get("bos_token")
+        if bos and ids[:2] == [self.backend.id_of(bos)] * 2:
+            warn_once(
+                f"warning: a prompt begins with {bos} twice: the tokenizer writes one itself, leave out the other"
+            )
 
     def encode_after(self, text: str) -> list[int]:
         """The ids of a text that continues another one: no bos, and no space before its first word.
@@ -126,27 +211,33 @@ def one_line_for(what: str):
     """Whatever a library raises -> ValueError. A panic in Rust is no Exception, and neither is Ctrl-C."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, ValueError):  # ours say what is wrong already
         raise
     except BaseException as error:
         raise ValueError(f"{what}: {one_line(error)}") from error
 
 
 def load_tokenizer(folder: Path, raw_config: dict, vocab_size: int) -> Tokenizer:
-    settings = Fields(read_optional_json(folder / "tokenizer_config.json"), folder / "tokenizer_config.json")
+    settings = read_settings(folder)
     backend = load_backend(folder, settings)
-    if backend.vocab_size > vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {backend.vocab_size} tokens, the model only {vocab_size}")
-    special = {name: special_text(settings, name) for name in ("bos_token", "eos_token")}
-    stops = {*find_stops(folder, raw_config, vocab_size), backend.id_of(special["eos_token"]), backend.eos_id}
-    return Tokenizer(backend, sorted(stops - {None, -1}), special, read_template(folder, settings))
+    own = {backend.id_of(backend.roles.get("eos_token", "")), backend.eos_id}
+    stops = {*find_stops(folder, raw_config, vocab_size), *(i for i in own if i in range(vocab_size))}
+    return Tokenizer(backend, sorted(stops), backend.roles, read_template(folder, settings), vocab_size)
+
+
+@cache
+def warn_once(line: str) -> None:
+    log.warning(line)
 
 
 def find_stops(folder: Path, raw_config: dict, vocab_size: int) -> list[int]:
     """eos_token_id of generation_config.json, or of config.json where that names none."""
     generation = Fields(read_optional_json(folder / "generation_config.json"), folder / "generation_config.json")
-    named = generation.values.get("eos_token_id") is not None
-    source = generation if named else Fields(raw_config, folder / "config.json")
+    source = generation
+    if generation.values.get("eos_token_id") is None:
+        source = Fields(raw_config, folder / "config.json")
+        if generation.values and raw_config.get("eos_token_id") is not None:  # transformers 5 would never stop
+            log.warning("warning: %s names no eos_token_id: that of config.json is used", generation.path)
 
     def holds(value) -> bool:
         ids = value if isinstance(value, list) else [value]
@@ -158,36 +249,11 @@ def find_stops(folder: Path, raw_config: dict, vocab_size: int) -> list[int]:
 
 def load_backend(folder: Path, settings: Fields) -> SentencePiece | FastTokenizer:
     """tokenizer.json comes first: where both files are there, it is the one that knows the chat tokens."""
-    added, add_bos = added_tokens(settings), settings.flag("add_bos_token", True)
     for name, backend in (("tokenizer.json", FastTokenizer), ("tokenizer.model", SentencePiece)):
         if (folder / name).exists():
             with one_line_for(f"{folder / name} cannot be read"):
-                return backend(folder / name, added, add_bos)
+                return backend(folder / name, settings)
     raise ValueError(f"checkpoint {folder} has no tokenizer.json and no tokenizer.model")
-
-
-def added_tokens(settings: Fields) -> dict[str, int]:
-    """added_tokens_decoder: {"310": {"content": "<|turn|>"}} -> {"<|turn|>": 310}."""
-
-    def holds(given) -> bool:
-        return is_object(given) and all(
-            re.fullmatch("[0-9]{1,9}", i) and is_object(token) and is_text(token.get("content")) and token["content"]
-            for i, token in given.items()
-        )
-
-    given = settings.take("added_tokens_decoder", {}, holds, 'an object of ids and {"content": TEXT}')
-    return {token["content"]: int(i) for i, token in given.items()}
-
-
-def is_text(value) -> bool:
-    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # JSON can hold half a character
-
-
-def special_text(settings: Fields, name: str) -> str:
-    def text(token):
-        return token.get("content") if is_object(token) else token
-
-    return text(settings.take(name, "", lambda token: is_text(text(token)), "a text"))
 
 
 def read_template(folder: Path, settings: Fields) -> str | None:

@@ -104,6 +104,14 @@ def write_sentencepiece(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {"add_bos_token": True, "bos_token": "<s>", "eos_token": "</s>"})
 
 
+def write_unprefixed_sentencepiece(folder: Path) -> None:
+    """The same model without a space of its own before each text, and tokens that are added to it."""
+    write_sentencepiece(folder)
+    added = {"310": {"content": "<|turn|>", "special": True}, "311": {"content": "<plain>", "special": False}}
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "legacy": False, "added_tokens_decoder": added}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
 def write_fast_tokenizer(folder: Path) -> None:
     """A byte-level BPE as Llama 3 has it: byte pieces, a bos from the post-processor, a chat token."""
     special = ["<|begin|>", "<|end|>", "<|user|>", "<|assistant|>"]
@@ -144,6 +152,7 @@ def write_converted_tokenizer(folder: Path) -> None:
 
 TOKENIZERS = {
     "sentencepiece": write_sentencepiece,
+    "unprefixed": write_unprefixed_sentencepiece,
     "tokenizers": write_fast_tokenizer,
     "converted": write_converted_tokenizer,
 }

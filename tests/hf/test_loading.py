@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import GatedRepoError, HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,17 @@ def original(tmp_path_factory):
 def folder(original, tmp_path):
     """A copy to damage."""
     return shutil.copytree(original, tmp_path / "checkpoint")
+
+
+def warnings(caplog):
+    return [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+
+
+def reference_logits(folder):
+    """transformers' own, of the ids that `logits` reads."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(3, 40)[None]).logits
 
 
 def logits(folder, **how):
@@ -129,6 +141,70 @@ def test_weights_stored_in_another_dtype_are_converted(original, folder):
     torch.testing.assert_close(logits(folder), logits(original), atol=0.2, rtol=0.05)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        {"architectures": None},
+        {"architectures": []},
+        {"architectures": ["LLaMAForCausalLM"]},
+        {"architectures": ["MISTRALFORCAUSALLM"], "model_type": None},
+    ],
+    ids=["no list", "an empty list", "the first converters' spelling", "no model_type"],
+)
+def test_the_architecture_has_two_names_of_which_one_may_be_missing_or_in_other_case(original, folder, names):
+    edit_config(folder, **names)
+    assert torch.equal(logits(folder), logits(original))
+
+
+# ---- two sources
+
+
+def test_rope_settings_that_are_there_twice_may_agree(folder):
+    """In both versions' spellings, for readers of either."""
+    edit_config(folder, rope_theta=500.0, rope_scaling=LINEAR | {"type": "linear"})
+    once = logits(folder)
+    edit_config(folder, rope_parameters=LINEAR | {"rope_type": "linear", "rope_theta": 500.0})
+    assert torch.equal(logits(folder), once)
+
+
+def test_a_single_file_goes_before_an_index_of_others_as_in_transformers(original, folder, caplog):
+    make_checkpoint(folder, seed=7, shards=2)
+    assert torch.equal(logits(folder), logits(original))
+    [warning] = warnings(caplog)
+    assert "model.safetensors.index.json" in warning and "model.safetensors: the latter" in warning
+    torch.testing.assert_close(logits(folder), reference_logits(folder), atol=1e-4, rtol=1e-4)
+
+
+def test_an_index_may_name_the_single_file(original, folder, caplog):
+    weight_map(dict.fromkeys(load_file(folder / "model.safetensors"), "model.safetensors"))(folder)
+    assert torch.equal(logits(folder), logits(original))
+    assert warnings(caplog) == []
+
+
+def test_a_stored_head_that_differs_from_the_embedding_is_used_as_in_transformers(original, folder, caplog):
+    edit_config(folder, tie_word_embeddings=True)
+    assert torch.equal(logits(folder), logits(original))
+    [warning] = warnings(caplog)
+    assert "tie_word_embeddings" in warning and "lm_head.weight" in warning
+    torch.testing.assert_close(logits(folder), reference_logits(folder), atol=1e-4, rtol=1e-4)
+
+
+def test_a_stored_head_that_is_the_embedding_is_one_tensor(folder, caplog):
+    tensors(lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))(folder)
+    edit_config(folder, tie_word_embeddings=True)
+    model, _ = load(str(folder))
+    assert model.head.weight is model.embed.weight and warnings(caplog) == []
+
+
+def test_a_stop_id_that_generation_config_leaves_to_config_is_pointed_out(folder, caplog):
+    """transformers 5 would run on."""
+    write_json(folder / "generation_config.json", {"eos_token_id": None})
+    edit_config(folder, eos_token_id=9)
+    assert load(str(folder))[1].stop_ids == [2, 9]
+    [warning] = warnings(caplog)
+    assert "generation_config.json names no eos_token_id" in warning and "config.json is used" in warning
+
+
 STOPS = {  # generation_config.json, config.json -> the stop ids; </s>, the tokenizer's eos, is 2
     "one id": ({"eos_token_id": 7}, 9, [2, 7]),
     "a list": ({"eos_token_id": [7, 5, 2]}, 9, [2, 5, 7]),
@@ -212,6 +288,20 @@ def tensors(change):
     return damage
 
 
+def rename(end, new_end):
+    def change(stored):
+        for name in [name for name in stored if name.endswith(end)]:
+            stored[name.removesuffix(end) + new_end] = stored.pop(name)
+
+    return tensors(change)
+
+
+def adapter_alone(folder):
+    for file in folder.iterdir():
+        file.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def truncate(name, size):
     return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size])
 
@@ -259,8 +349,19 @@ REFUSED = {  # what is wrong -> how it comes about, and what the line must name
     "broken JSON beside the config": (text("generation_config.json", "{\n,}"), ["generation_config.json:2"]),
     "broken tokenizer settings": (text("tokenizer_config.json", "{\n,}"), ["tokenizer_config.json:2"]),
     "another architecture": (config(architectures=["GPT2LMHeadModel"]), ["config.json", "architectures", "GPT2"]),
-    "no architecture": (config(architectures=None), ["config.json", "architectures", "null", "LlamaForCausalLM"]),
-    "quantised weights": (config(quantization_config={"bits": 4}), ["config.json", "quantization_config", '"bits": 4']),
+    "no architecture": (config(architectures=None, model_type=None), ["config.json", "model_type is null", "llama"]),
+    "another model_type": (config(model_type="gpt2"), ["config.json", "model_type", "gpt2", "llama"]),
+    "another model_type alone": (config(architectures=None, model_type="qwen2"), ["model_type", "qwen2", "mistral"]),
+    "two architectures": (config(architectures=["LlamaForCausalLM", "x"]), ["config.json", "architectures", '"x"']),
+    "quantised weights": (
+        config(quantization_config={"bits": 4}),
+        ["config.json", "quantization_config", '"bits": 4', "quantised"],
+    ),
+    "GPTQ's tensors": (rename("mlp.up_proj.weight", "mlp.up_proj.qweight"), ["up_proj.qweight", "quantised"]),
+    "AWQ's tensors": (rename("self_attn.q_proj.weight", "self_attn.q_proj.qzeros"), ["q_proj.qzeros", "quantised"]),
+    "an adapter beside its base": (text("adapter_config.json", "{}"), ["adapter_config.json", "merge"]),
+    "an adapter's weights": (text("adapter_model.safetensors", ""), ["adapter_model.safetensors", "merge"]),
+    "an adapter alone": (adapter_alone, ["adapter_config.json", "merge"]),
     "another activation": (config(hidden_act="gelu"), ["config.json", "hidden_act", "gelu", "silu"]),
     "partial rotation": (config(partial_rotary_factor=0.5), ["config.json", "partial_rotary_factor", "0.5"]),
     "another rope type": (scaling(rope_type="yarn", factor=2.0), ["config.json", "rope_type", "yarn", "llama3"]),
@@ -270,6 +371,20 @@ REFUSED = {  # what is wrong -> how it comes about, and what the line must name
     "linear scaling by nothing": (scaling(rope_type="linear"), ["config.json", "factor"]),
     "linear scaling by zero": (scaling(rope_type="linear", factor=0), ["config.json", "factor", "0"]),
     "linear scaling by a word": (scaling(rope_type="linear", factor="4"), ["config.json", "factor", '"4"']),
+    "rope settings that disagree": (
+        config(rope_scaling=LINEAR | {"type": "linear"}, rope_parameters=LLAMA3),
+        ["config.json", "rope_scaling", "linear", "rope_parameters", "llama3", "keep one"],
+    ),
+    "rope bases that disagree": (
+        config(
+            rope_scaling=LINEAR | {"type": "linear"}, rope_parameters=LINEAR | {"type": "linear", "rope_theta": 5.0}
+        ),
+        ["config.json", "10000.0", "5.0", "keep one"],
+    ),
+    "partial rotation in transformers 5": (
+        config(rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.5}),
+        ["config.json", "partial_rotary_factor is 0.5"],
+    ),
     "scaling that is no object": (config(rope_scaling="linear"), ["config.json", "rope_scaling", "linear"]),
     "a rope base that is no number": (config(rope_theta="1e4"), ["config.json", "rope_theta", '"1e4"']),
     "a rope base of zero": (config(rope_theta=0), ["config.json", "rope_theta", "0"]),
@@ -328,7 +443,23 @@ REFUSED = {  # what is wrong -> how it comes about, and what the line must name
         text("tokenizer_config.json", '{"bos_token": {}}'),
         ["tokenizer_config.json", "bos_token"],
     ),
-    "a tokenizer larger than the model": (config(vocab_size=100), ["tokenizer has 310 tokens", "100"]),
+    "an id in added_tokens.json that is text": (
+        text("added_tokens.json", '{"<a>": "310"}'),
+        ["added_tokens.json", "<a>"],
+    ),
+    "a role that is a number": (
+        text("special_tokens_map.json", '{"pad_token": 3}'),
+        ["special_tokens_map.json", "pad_"],
+    ),
+    "special tokens that are a text": (
+        settings(additional_special_tokens="<a>"),
+        ["additional_special_tokens", "list"],
+    ),
+    "a flag of an added token that is text": (
+        settings(added_tokens_decoder={"310": {"content": "<a>", "lstrip": "no"}}),
+        ["tokenizer_config.json", "lstrip", '"no"'],
+    ),
+    "legacy that is text": (settings(legacy="no"), ["tokenizer_config.json", "legacy"]),
     "a dtype of zero": (config(torch_dtype=0), ["config.json", "torch_dtype is 0", "bfloat16"]),
     "rope settings of zero": (config(rope_parameters=0), ["config.json", "rope_parameters is 0", "an object"]),
     "a bos token that is an empty list": (settings(bos_token=[]), ["tokenizer_config.json", "bos_token is []"]),
@@ -377,7 +508,7 @@ def test_a_checkpoint_that_cannot_be_run_is_refused_in_one_line_that_names_what_
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "generation_config.json", "chat_template.jinja", "tokenizer.model", "model.safetensors"]
+    "name", ["config.json", "chat_template.jinja", "special_tokens_map.json", "tokenizer.model", "model.safetensors"]
 )
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["a pipe", "a device"])
 def test_what_is_no_regular_file_is_not_read(capsys, folder, name, make):
@@ -400,11 +531,17 @@ def test_null_is_absent(original, folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_no_numbers_are_named_in_one_warning(caplog, folder, value):
+def test_weights_that_are_no_numbers_are_refused_and_the_first_is_named(capsys, folder, value):
     tensors(lambda t: [t[f"model.layers.{i}.mlp.up_proj.weight"][3].fill_(value) for i in (0, 1)])(folder)
+    line = refusal(capsys, folder)
+    assert "tensor model.layers.0.mlp.up_proj.weight holds NaN or infinity" in line and "download it again" in line
+
+
+def test_weights_that_float16_is_too_narrow_for_are_refused_with_the_remedy(capsys, folder):
+    tensors(lambda t: t["model.norm.weight"].fill_(1e5))(folder)
+    line = refusal(capsys, folder, "--dtype", "float16")
+    assert "model.norm.weight" in line and "give --dtype float32" in line
     load(str(folder))
-    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "model.layers.0.mlp.up_proj.weight" in warning and "NaN" in warning
 
 
 def test_the_positions_and_the_sliding_window_may_be_used_up(folder):
@@ -446,6 +583,7 @@ def test_a_device_or_dtype_that_is_not_there_is_refused(capsys, original, flag, 
 REPOSITORY = [  # files of the three repositories that the README names
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
     *("model.safetensors", "model-00001-of-00004.safetensors", "model.safetensors.index.json", "chat_template.jinja"),
+    *("added_tokens.json", "special_tokens_map.json", "adapter_config.json"),
     *("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "training_args.bin"),
     *("consolidated.safetensors", "consolidated.00.pth", "original/consolidated.00.pth", "original/tokenizer.model"),
     *("original/params.json", "onnx/model.onnx", "model.gguf", "tf_model.h5", "flax_model.msgpack", "model.pt"),
@@ -460,7 +598,7 @@ def test_a_hub_id_is_downloaded_but_only_the_files_that_are_read(monkeypatch, or
     assert model.config.vocab_size == CONFIG["vocab_size"]
     [call] = download.call_args_list
     fetched = list(filter_repo_objects(REPOSITORY, allow_patterns=call.kwargs["allow_patterns"]))
-    assert (call.args, fetched) == (("owner/some-Model-1.1B",), REPOSITORY[:9])
+    assert (call.args, fetched) == (("owner/some-Model-1.1B",), REPOSITORY[:12])
 
 
 HUB_ERRORS = {

@@ -9,10 +9,12 @@ import pytest
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from checkpoints import TOKENIZERS, make_checkpoint, write_json
+import hf.tokenizer
+from checkpoints import TEXT, TOKENIZERS, make_checkpoint, write_json
 from cli.main import main
 from generate import load
 from hf.tokenizer import ChatHistory, TextStream, without_stop
@@ -44,7 +46,7 @@ def test_a_text_comes_back_from_its_ids(tokenizers, kind, text):
     assert tokenizers[kind].decode(tokenizers[kind].encode(text)) == text
 
 
-@pytest.mark.parametrize("kind, bos", {"sentencepiece": 1, "tokenizers": 0, "converted": 1}.items())
+@pytest.mark.parametrize("kind, bos", {"sentencepiece": 1, "unprefixed": 1, "tokenizers": 0, "converted": 1}.items())
 @pytest.mark.parametrize("text", ["the cat", ""])
 def test_a_prompt_starts_with_one_bos(tokenizers, kind, bos, text):
     ids = tokenizers[kind].encode(text)
@@ -77,7 +79,12 @@ def test_the_stop_token_that_a_template_repeats_is_read_once_whatever_space_is_b
     assert without_stop(tokenizer, ended_by_length, None) == ended_by_length
 
 
-SPECIAL = {"sentencepiece": ("</s>", 2), "tokenizers": ("<|user|>", 2), "converted": ("</s>", 2)}
+SPECIAL = {
+    "sentencepiece": ("</s>", 2),
+    "unprefixed": ("</s>", 2),
+    "tokenizers": ("<|user|>", 2),
+    "converted": ("</s>", 2),
+}
 
 
 @pytest.mark.parametrize("kind, token, wanted", [(kind, *special) for kind, special in SPECIAL.items()])
@@ -98,6 +105,141 @@ def test_tokens_added_beside_a_sentencepiece_model_are_special_too(folders, tmp_
     assert [i for i in ids if i >= 310] == [311, 310]
     assert tokenizer.decode(ids).split() == ["the", "cat"]
     assert 310 in tokenizer.stop_ids
+
+
+def with_settings(folder, tmp_path, **changes):
+    """A copy of a checkpoint with other tokenizer settings; None removes one."""
+    folder = shutil.copytree(folder, tmp_path / "settings")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | changes
+    write_json(folder / "tokenizer_config.json", {name: value for name, value in settings.items() if value is not None})
+    return folder
+
+
+def added(**flags):
+    return {"310": {"content": "<mask>", "special": True} | flags, "311": {"content": "<plain>", "special": False}}
+
+
+FLAGS = {  # flags, text -> its parts: texts that sentencepiece cuts on its own, and ids (measured: transformers 4.57)
+    "none": ({}, "the <mask> cat", ["the ", 310, " cat"]),
+    "lstrip": ({"lstrip": True}, "the \n <mask> cat", ["the", 310, " cat"]),
+    "lstrip, nothing but spaces": ({"lstrip": True}, "  <mask>cat", [310, "cat"]),
+    "rstrip": ({"rstrip": True}, "the <mask> \n cat", ["the ", 310, "cat"]),
+    "both": ({"lstrip": True, "rstrip": True}, "the <mask>  cat <mask>", ["the", 310, "cat", 310]),
+    "single_word": ({"single_word": True}, "the <mask> cat", ["the ", 310, " cat"]),
+    "single_word, inside one": ({"single_word": True}, "the<mask> cat", ["the<mask> cat"]),
+    "single_word, before a full stop": ({"single_word": True}, "the <mask>.", ["the ", 310, "."]),
+}
+
+
+@pytest.mark.parametrize("flags, text, parts", FLAGS.values(), ids=FLAGS)
+def test_an_added_token_takes_the_spaces_and_the_words_that_its_flags_say(folders, tmp_path, flags, text, parts):
+    tokenizer = load(str(with_settings(folders["sentencepiece"], tmp_path, added_tokens_decoder=added(**flags))))[1]
+    plain = tokenizer.backend.processor.encode
+    wanted = [i for part in parts for i in (plain(part) if isinstance(part, str) else [part])]
+    assert tokenizer.encode(text, bos=False) == wanted
+
+
+def test_an_added_token_that_is_not_special_is_shown(folders, tmp_path):
+    tokenizer = load(str(with_settings(folders["sentencepiece"], tmp_path, added_tokens_decoder=added())))[1]
+    text = "the <plain> cat<plain><plain>a<mask>"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.replace("<mask>", "")
+    assert "".join(stream(tokenizer, [[i] for i in ids])) == text.replace("<mask>", "")
+
+
+LEGACY = {  # text -> pieces without legacy, and with it ("▁" alone is "_" here)
+    "the cat": (["▁the", "▁cat"], ["▁the", "▁cat"]),
+    "<|turn|>the": (["t", "h", "e"], ["▁the"]),
+    "<|turn|> the": (["▁the"], ["▁", "▁the"]),
+    "the<|turn|>": (["▁the"], ["▁the"]),
+    " <|turn|>": (["▁", "▁"], ["▁", "▁"]),
+}
+
+
+@pytest.mark.parametrize("text, legacy, wanted", [(t, i == 1, w[i]) for t, w in LEGACY.items() for i in (0, 1)])
+def test_without_legacy_no_space_is_put_after_a_special_token(folders, tmp_path, text, legacy, wanted):
+    tokenizer = load(str(with_settings(folders["unprefixed"], tmp_path, legacy=legacy)))[1]
+    ids = [i for i in tokenizer.encode(text, bos=False) if i != 310]
+    spelt = "".join(map(tokenizer.backend.processor.id_to_piece, ids))
+    assert spelt == "".join(wanted) and (310 in tokenizer.encode(text)) == ("turn" in text)
+
+
+def test_a_space_that_a_text_begins_with_is_kept_by_models_that_drop_it(folders, tmp_path):
+    """As transformers 4 does it; such models (nmt_nfkc) make one space of several."""
+    folder = shutil.copytree(folders["unprefixed"], tmp_path / "copy")
+    options = {"model_type": "bpe", "vocab_size": 300, "byte_fallback": True, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(TEXT), model_prefix=str(folder / "tokenizer"), **options)
+    tokenizer = load(str(folder))[1]
+    assert tokenizer.encode("the cat", bos=False) == tokenizer.backend.processor.encode("x the cat")[1:]
+    assert tokenizer.decode(tokenizer.encode("the  cat")) == "the cat"
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "unprefixed"])
+def test_the_older_files_beside_a_sentencepiece_model_name_chat_tokens_and_their_stop(folders, tmp_path, kind):
+    """added_tokens.json has ids, special_tokens_map.json roles; what has no role is shown."""
+    folder = with_settings(folders[kind], tmp_path, added_tokens_decoder=None)
+    write_json(folder / "added_tokens.json", {"<|im_start|>": 310, "<|im_end|>": 311, "<tool>": 312})
+    roles = {"eos_token": {"content": "<|im_end|>"}, "additional_special_tokens": ["<|im_start|>"]}
+    write_json(folder / "special_tokens_map.json", roles)
+    tokenizer = load(str(folder))[1]
+    ids = tokenizer.encode("<|im_start|>the<tool><|im_end|>")
+    assert [i for i in ids if i >= 310] == [310, 312, 311]
+    assert tokenizer.decode(ids).split() == ["the<tool>"]
+    assert tokenizer.stop_ids == [2, 311] and tokenizer.special["eos_token"] == "<|im_end|>"
+
+
+def test_added_tokens_decoder_is_read_instead_of_the_older_files(folders, tmp_path):
+    """As in transformers: they are left behind by older versions."""
+    folder = with_settings(folders["sentencepiece"], tmp_path, added_tokens_decoder=added())
+    write_json(folder / "added_tokens.json", {"<|im_end|>": 311})
+    write_json(folder / "special_tokens_map.json", {"eos_token": "<|im_end|>"})
+    tokenizer = load(str(folder))[1]
+    assert tokenizer.special["eos_token"] == "</s>" and tokenizer.backend.id_of("<|im_end|>") is None
+
+
+ENDS = {  # tokenizer_class, add_bos_token, add_eos_token -> whether a bos and an eos are there (transformers 4.57)
+    "nothing said": ("LlamaTokenizer", None, None, (True, False)),
+    "no bos": ("LlamaTokenizer", False, None, (False, False)),
+    "an eos": (None, None, True, (True, True)),
+    "an eos alone": ("LlamaTokenizerFast", False, True, (False, True)),
+    "a class that reads neither": ("PreTrainedTokenizerFast", False, True, (True, False)),
+}
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers", "converted"])
+@pytest.mark.parametrize("name, bos, eos, wanted", ENDS.values(), ids=ENDS)
+def test_add_bos_token_and_add_eos_token_are_obeyed(folders, tokenizers, tmp_path, kind, name, bos, eos, wanted):
+    if kind == "sentencepiece" and name == "PreTrainedTokenizerFast":
+        pytest.skip("that class reads tokenizer.json alone")
+    settings = {"tokenizer_class": name, "add_bos_token": bos, "add_eos_token": eos}
+    tokenizer = load(str(with_settings(folders[kind], tmp_path, **settings)))[1]
+    begin, end = ([tokenizer.backend.id_of(tokenizer.special[role])] for role in ("bos_token", "eos_token"))
+    plain = tokenizers[kind].encode("the cat", bos=False)
+    assert tokenizer.encode("the cat") == begin * wanted[0] + plain + end * wanted[1]
+    assert tokenizer.encode("the cat", bos=False) == plain
+
+
+def test_a_token_that_the_model_lacks_refuses_the_prompt_that_uses_it(folders, tmp_path):
+    """Llama-2-13b and CodeLlama-34b conversions: a <pad> beyond the embedding. Here it has no id in any file."""
+    tokens = {str(i): {"content": f"<{i}>"} for i in range(310, 320)}
+    settings = {"pad_token": "<pad>", "added_tokens_decoder": tokens, "eos_token": "<eos>"}
+    tokenizer = load(str(with_settings(folders["sentencepiece"], tmp_path, **settings)))[1]
+    assert tokenizer.encode("the <319> cat")
+    assert tokenizer.stop_ids == [2]
+    with pytest.raises(ValueError, match=r"token 321 \('<pad>'\): the model knows 0 to 319"):
+        tokenizer.encode("the <pad> cat")
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "tokenizers"])
+def test_two_bos_are_pointed_out_once(tokenizers, caplog, kind):
+    hf.tokenizer.warn_once.cache_clear()
+    tokenizer = tokenizers[kind]
+    bos = tokenizer.special["bos_token"]
+    for _ in range(2):
+        ids = tokenizer.encode(f"{bos}the cat")  # as transformers gives them
+        assert ids[0] == ids[1]
+    [warning] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{bos} twice" in warning
 
 
 def test_where_both_files_are_there_the_tokenizer_json_is_read(folders, tokenizers, tmp_path):
@@ -169,6 +311,7 @@ def test_streamed_pieces_are_the_text_and_split_no_character(tokenizers, kind, t
 
 ANY = {  # no bytes where the decoder itself takes the text of a run of bytes back when one of them is broken
     "sentencepiece": st.integers(0, 309),
+    "unprefixed": st.one_of(st.integers(0, 2), st.integers(259, 315)),
     "tokenizers": st.integers(0, 299),
     "converted": st.sampled_from([0, 1, 2, *range(259, 268)]),
 }
@@ -350,6 +493,9 @@ RENDERED = {
     "JSON is left readable": ('{{ {"b": "<é>", "a": 1} | tojson }}', '{"b": "<é>", "a": 1}'),
     "JSON may be indented": ('{{ {"a": 1} | tojson(indent=1) }}', '{\n "a": 1\n}'),
     "text is no HTML": ('{{ "<&>" }}', "<&>"),
+    "JSON has transformers' arguments": ('{{ "é" | tojson(True) }}', '"\\u00e9"'),
+    "special tokens that are set": ("{{ bos_token[1:] ~ eos_token[1:] }}", "|begin|>|end|>"),
+    "special tokens that are not set": ("{{ pad_token is defined or unk_token is defined }}", "False"),
     "the date is known": ('{{ strftime_now("%d %b %Y") }}', datetime.now().strftime("%d %b %Y")),
     "there are no tools": ("{{ tools is none and documents is none }}", "True"),
     "what is marked for training": ("{% generation %}a{% endgeneration %}b", "ab"),
@@ -360,6 +506,18 @@ RENDERED = {
 @pytest.mark.parametrize("template, wanted", RENDERED.values(), ids=RENDERED)
 def test_a_template_finds_what_transformers_gives_it(render, template, wanted):
     assert render(template) == wanted
+
+
+@pytest.mark.parametrize("template", [template for template, _ in RENDERED.values()], ids=RENDERED)
+def test_a_template_writes_what_it_writes_in_transformers(folders, tmp_path, template):
+    folder = with_template(
+        folders, tmp_path, template + "{{ [unk_token, pad_token, sep_token, add_generation_prompt] }}"
+    )
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json(folder / "tokenizer_config.json", settings | {"pad_token": "<|end|>", "unk_token": "<|user|>"})
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    wanted = theirs.apply_chat_template(HELLO, add_generation_prompt=True, tokenize=False)
+    assert load(str(folder))[1].render(HELLO) == wanted
 
 
 ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}"
