@@ -188,7 +188,7 @@ class Tokenizer:
 
     def chat_history(self, messages: list[dict] = ()) -> "ChatHistory":
         """messages: what a conversation begins with, such as the system's."""
-        return ChatHistory(self, list(messages))
+        return ChatHistory(self, messages)
 
     def chat(self, messages: list[dict]) -> list[int]:
         """The ids of a conversation. The template writes its own bos."""
@@ -298,9 +298,9 @@ class TextStream:
 class ChatHistory:
     """The messages of a conversation, and for each turn the ids that the model has not read yet."""
 
-    def __init__(self, tokenizer: Tokenizer, messages: list[dict]):
+    def __init__(self, tokenizer: Tokenizer, messages: list[dict] = ()):
         self.tokenizer = tokenizer
-        self.messages = messages
+        self.messages = list(messages)
         self.text = ""  # what the template has made of all messages so far
         self.stop: int | None = None  # the token that ended the last answer
 
