@@ -52,7 +52,7 @@ class Options:
     temperature: float = option(0.0, "0: greedy")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
     top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
-    seed: int = option(0, "of the sampling; prompt i of a run draws the same numbers whatever the batch size")
+    seed: int = option(0, "of the sampling; prompt i draws the same numbers in any batch (in float32: the same tokens)")
     ignore_eos: bool = option(False, "do not stop at a stop token")
     stop: tuple = option((), "end an answer before this text; may be given several times")
     batch_size: int = option(8, "most prompts that run together")

@@ -88,7 +88,7 @@ def fuses(x: Tensor) -> bool:
 # Up to 4 rows the compiler fuses the rows' sums, so that each weight is read once for all of them. With more rows
 # compute is the bottleneck, not memory, and the matrix library is faster.
 FEW_ROWS = 4
-# A CPU without bf16 arithmetic takes eight times as long for 512 rows in bf16 as in float32, copying the weights included.
+# A CPU without bf16 arithmetic takes eight times as long for 512 rows in bf16 as in float32, weights copied each time.
 HAS_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
