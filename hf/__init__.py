@@ -10,6 +10,8 @@ from hf.tokenizer import load_tokenizer
 def load_checkpoint(name: str, device: str, dtype: str):
     """Directory or hub id -> (Llama, Tokenizer). Raises ValueError, in one line, for what cannot be run."""
     where = find_device(device)
+    if dtype != "auto":
+        find_dtype(dtype, {})  # refuses now what would be refused after a download
     folder = find_checkpoint(name)
     refuse_adapter(folder)
     raw = read_json(folder / "config.json")

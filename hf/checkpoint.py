@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from model import Llama, ModelConfig
 from scope import one_line, require
@@ -57,10 +58,12 @@ def find_device(name: str) -> torch.device:
 def find_dtype(name: str, raw_config: dict) -> torch.dtype:
     """The torch dtype of this name; "auto" is the one that the config names, or float32."""
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    short = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # as people type them
     field = "dtype"
     if name == "auto":
         named = [key for key in ("dtype", "torch_dtype") if raw_config.get(key) is not None]  # transformers 5, then 4
         field, name = (f"config.json: {named[0]}", raw_config[named[0]]) if named else (field, "float32")
+    name = short.get(name, name) if isinstance(name, str) else name
     require(isinstance(name, str) and name in known, field, repr(name)[:80], "one of " + ", ".join(known))
     return known[name]
 
@@ -295,6 +298,9 @@ def hf_pieces(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[s
     return [(f"{prefix}{part}.{kind}", (n, *shape[1:])) for part, n in zip(parts, rows, strict=True)]
 
 
+LONG_LOAD = 10**9  # bytes of weights from which on reading them shows its progress
+
+
 def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Llama:
     stored = open_weights(folder)
     config = untie(config, stored, folder)
@@ -303,8 +309,9 @@ def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: t
         model = Llama(config)
     if not (model.inv_freq * config.max_positions).isfinite().all():
         raise ValueError(f"{folder / 'config.json'}: rope_theta and its scaling overflow float32: correct them")
-    weights = {}
-    for name, tensor in model.state_dict().items():
+    weights, shapes = {}, model.state_dict()
+    is_small = sum(tensor.numel() for tensor in shapes.values()) * dtype.itemsize < LONG_LOAD
+    for name, tensor in tqdm(shapes.items(), "reading weights", disable=is_small, unit=" tensors"):
         pieces = [piece for piece, _ in hf_pieces(name, tensor.shape, config)]
         tensors = [read_tensor(stored, piece, dtype, folder) for piece in pieces]
         weights[name] = torch.cat(tensors).to(device) if len(tensors) > 1 else tensors[0].to(device)

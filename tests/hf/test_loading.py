@@ -622,3 +622,23 @@ def test_ctrl_c_during_a_download_is_no_error_of_the_hub(capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=KeyboardInterrupt))
     assert main(["--checkpoint", "owner/model", "--prompt", "x"]) == 130
     assert capsys.readouterr().err.split() == ["generate.py:", "interrupted"]
+
+
+def test_device_and_dtype_are_refused_before_a_checkpoint_is_looked_for(capsys):
+    for flags, named in ((["--device", "tpu"], "'tpu'"), (["--dtype", "float8"], "'float8'")):
+        assert main(["--checkpoint", "no-such/checkpoint", "--prompt", "x", *flags]) == 2
+        said = capsys.readouterr().err
+        assert named in said and "hub" not in said
+
+
+@pytest.mark.parametrize(("short", "dtype"), {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.items())
+def test_short_names_of_dtypes_are_understood(original, short, dtype):
+    assert load(str(original), dtype=short)[0].embed.weight.dtype == getattr(torch, dtype)
+
+
+def test_a_long_load_shows_its_progress(capsys, original, monkeypatch):
+    load(str(original))
+    assert "reading weights" not in capsys.readouterr().err
+    monkeypatch.setattr("hf.checkpoint.LONG_LOAD", 1)
+    load(str(original))
+    assert "reading weights: 100%" in capsys.readouterr().err
