@@ -381,12 +381,8 @@ class Engine:
     def compile(self) -> float:
         """Compile all graphs on the empty cache, so that no step of a run waits for it. Returns seconds."""
         started = time.perf_counter()
-        # torch stops compiling a function after 8 graphs, and after 256 with the ones that are gone: a process that
-        # runs many settings needs more. Set here: the line imports the compiler, and an eager run need not wait.
-        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 10**6
         on_gpu = self.device.type == "cuda"
-        if not on_gpu:
-            check_compiler()
+        prepare_compiler(needs_cpp=not on_gpu)
         how = {"mode": "reduce-overhead"} if on_gpu else {"options": CPU_OPTIONS}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
@@ -539,9 +535,18 @@ def free_memory(device: torch.device) -> float:
     return min(free)
 
 
-def check_compiler() -> None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
+def prepare_compiler(needs_cpp: bool) -> None:
+    """Import torch's compiler, which takes seconds that an eager run need not wait, and lift its limits."""
+    try:
+        import torch._dynamo.config as dynamo
+        from torch._inductor.cpp_builder import get_cpp_compiler
+    except OSError as error:
+        where = "set TORCHINDUCTOR_CACHE_DIR to a folder that can be written, or run with --no-compile"
+        raise ValueError(f"torch.compile cannot use its cache: {one_line(error)}: {where}") from error
+    # torch stops compiling a function after 8 graphs, and after 256 with those that are gone. A sweep needs more.
+    dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 10**6
+    if not needs_cpp:
+        return
     try:
         get_cpp_compiler()
     except Exception as error:

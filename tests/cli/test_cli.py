@@ -618,3 +618,13 @@ def test_a_reader_who_leaves_ends_the_text_but_not_the_rows(start, tmp_path, tin
     assert process.wait(timeout=30) == 1
     assert said[0] == f"loading {tiny}" and not any("rror" in line for line in said)
     assert len(finished_rows(tmp_path)) == 40
+
+
+def test_a_cache_of_the_compiler_that_cannot_be_written_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    argv = [sys.executable, str(SCRIPT), "--checkpoint", str(tiny), "--prompt", "the cat", "--max-new-tokens", "3"]
+    environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "file" / "cache")}
+    for flags, status in ((["--no-compile"], 0), ([], 2)):
+        done = subprocess.run([*argv, *flags], capture_output=True, text=True, env=environment)
+        assert done.returncode == status and "Traceback" not in done.stderr
+    assert "cannot use its cache" in done.stderr and done.stderr.strip().endswith("or run with --no-compile")
