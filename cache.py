@@ -74,9 +74,9 @@ class LayerCache(nn.Module):
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
         self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_scores))
         self.register_buffer("victims", torch.zeros(batch, n_kv_heads, max_evict, dtype=torch.int64))
-        n_held = prompt_slots if self.prompt_is_evictable else 0
-        self.register_buffer("held", torch.zeros(batch, n_kv_heads, int(n_held > 0), dtype=torch.int32))
-        self.register_buffer("gaps", torch.zeros(batch, n_kv_heads, n_held, dtype=torch.int32))
+        n_held, n_gaps = (1, n_slots) if self.prompt_is_evictable else (0, 0)
+        self.register_buffer("held", torch.zeros(batch, n_kv_heads, n_held, dtype=torch.int32))
+        self.register_buffer("gaps", torch.zeros(batch, n_kv_heads, n_gaps, dtype=torch.int32))
         self.register_buffer("number", torch.tensor([layer]))  # an int would make each layer compile a graph of its own
 
     def reset(self) -> None:
@@ -120,7 +120,8 @@ class LayerCache(nn.Module):
         pos = self.pos[:, :, : self.prompt_slots]
         self.held.copy_((pos >= 0).sum(-1, keepdim=True))
         newer = kernels.ranks(pos)
-        self.gaps.copy_(torch.where(pos >= 0, lengths[:, None, None] - 1 - newer - pos, 0))
+        self.gaps.zero_()
+        self.gaps[:, :, : self.prompt_slots] = torch.where(pos >= 0, lengths[:, None, None] - 1 - newer - pos, 0)
 
     def prompt_score(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
         """[B, H, S]: the decode score of each prompt token, from the prompt's own queries; 0 where none is needed."""
@@ -187,6 +188,8 @@ class LayerCache(nn.Module):
         kernels.write_slots(self.k, slot, k)
         kernels.write_slots(self.v, slot, v)
         kernels.write_slots(self.pos, slot, now.position.int()[:, None, None].expand_as(slot))
+        if self.prompt_is_evictable:
+            kernels.write_slots(self.gaps, slot, torch.zeros_like(slot, dtype=torch.int32))  # its victim's gap is gone
 
     def of_layer(self, x: Tensor) -> Tensor:
         """This layer's part of x [n_layers, ...]."""
@@ -237,7 +240,7 @@ class LayerCache(nn.Module):
         pos = self.evictable_pos(now)
         newer = self.age(now) - 1  # tokens, where none is missing
         if self.prompt_is_evictable:
-            newer = newer - pad(self.gaps, (0, pos.shape[2] - self.prompt_slots))
+            newer = newer - self.gaps[:, :, : pos.shape[2]]
         evictable = (pos >= 0) & (newer >= self.policy.strategy.window(self.policy, self.held))
         most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
         victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.first_evictable

@@ -20,6 +20,18 @@ def test_kept_positions_and_outputs_equal_the_naive_oracle(setting):
         pass
 
 
+@pytest.mark.parametrize("policy", SHARED)
+@pytest.mark.parametrize("compress", ["h2o", "adakv"])
+def test_a_window_counts_tokens_where_a_compressed_prompt_has_gaps(policy, compress):
+    """A slot of the prompt that a later token has taken over has no gap any more."""
+    for seed in range(12):
+        heavy, recent, length = seed % 3, seed % 4, 3 + seed % 7
+        rules = Policy(policy, heavy, recent, "current"), PromptPolicy(compress, 2 + seed % 3, 1)
+        setting = Setting(*rules, T=9, prompts=[length], steps=9, turns=[], n_kv_heads=2, group=1, layer=0, seed=seed)
+        for _ in Play(setting, with_oracle=True).run():
+            pass
+
+
 @given(settings_of_a_run(policies=FROZEN))
 def test_prompt_slots_never_change_after_prefill(setting):
     play = Play(setting)
