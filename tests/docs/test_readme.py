@@ -123,7 +123,8 @@ def test_the_demo_prints_what_the_readme_shows():
     printed = run("generate.py", "--policy", "discontinuous", "--no-compile").splitlines()
     _, shown = blocks(README)[0]
     assert "Answer_3" in shown
-    assert {untimed(line) for line in shown.splitlines()} - {"..."} <= {untimed(line) for line in printed}
+    shown = [line for line in shown.splitlines() if line != "..." and "compiling pays off" not in line]
+    assert {untimed(line) for line in shown} <= {untimed(line) for line in printed}
 
 
 def untimed(line: str) -> str:
