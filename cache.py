@@ -380,8 +380,9 @@ class Cache(nn.Module):
 
     def prefill_attention(self, rows: Tensor) -> list:
         """The attention of each layer that reads the right-padded prompts of these rows [n]."""
-        lengths = self.lengths[rows]
-        keeps = [None if bool((kept == lengths).all()) else kept for kept in self.kept[:, rows]]
+        lengths, kept = self.lengths[rows], self.kept[:, rows]
+        all_stay = (kept == lengths).all(1).tolist()  # of each layer; one look at the device for all of them
+        keeps = [None if whole else keep for whole, keep in zip(all_stay, kept, strict=True)]
         pairs = zip(self.layers, keeps, strict=True)
         return [partial(layer.fill, rows, lengths, keep, self.prompt) for layer, keep in pairs]
 
