@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 import kernels
 from model import ModelConfig
-from scope import Policy, PromptPolicy, for_layer, schedule
+from scope import FORMATS, Format, Policy, PromptPolicy, for_layer, schedule
 
 PROMPT_SLOTS = 64  # slots for whole prompts are a multiple of this: a slightly longer prompt finds its graphs compiled
 READ_BUCKET = 256  # the prefix that attention reads grows by at least this many slots ...
@@ -55,10 +55,41 @@ class StepInput(NamedTuple):
     plan: Tensor  # [n_layers, 3]: the scope.StepPlan of each layer
 
 
+class Slots(nn.Module):
+    """The keys or the values of all slots of a layer, in one storage format. One token is one slot in all buffers."""
+
+    def __init__(self, shape: tuple, format: Format, dtype):
+        super().__init__()
+        groups = format.n_groups(shape[-1])
+        self.encode = partial(kernels.encode, bits=format.bits, n_groups=groups, minimum=format.minimum)
+        one = self.encode(torch.zeros(1, shape[-1], dtype=dtype))
+        for name, part in one._asdict().items():
+            zeros = None if part is None else torch.zeros(*shape[:-1], part.shape[-1], dtype=part.dtype)
+            self.register_buffer(name, zeros)
+
+    @property
+    def stored(self) -> kernels.Stored:
+        return kernels.Stored(self.codes, self.scale, self.low)
+
+    def read(self, n: int) -> kernels.Stored:
+        """The first n slots."""
+        return self.stored.map(lambda part: part[:, :, :n])
+
+    def put(self, where: tuple, x: Tensor) -> None:
+        """Write x [..., n, head_dim] to slots that are neighbours."""
+        for part, new in zip(self.stored.tensors, self.encode(x).tensors, strict=True):
+            part[where] = new
+
+    def write(self, slots: Tensor, x: Tensor) -> None:
+        """Write x [B, H, n, head_dim] to the slots [B, H, n]."""
+        for part, new in zip(self.stored.tensors, self.encode(x).tensors, strict=True):
+            kernels.write_slots(part, slots, new)
+
+
 class LayerCache(nn.Module):
     """The slots of one layer. `fill`, `join`, `append` and `select` are what the model calls attention."""
 
-    def __init__(self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, dtype):
+    def __init__(self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, formats, dtype):
         super().__init__()
         batch, n_kv_heads, n_slots, _ = shape  # and head_dim
         self.layer = layer
@@ -69,8 +100,7 @@ class LayerCache(nn.Module):
         self.scores_every_step = bool(max_evict) and policy.ranking.every_step
         self.prompt_is_evictable = bool(max_evict) and self.first_evictable == 0
         n_scores = n_slots - self.first_evictable if max_evict else 0
-        self.register_buffer("k", torch.zeros(shape, dtype=dtype))
-        self.register_buffer("v", torch.zeros(shape, dtype=dtype))
+        self.k, self.v = (Slots(shape, format, dtype) for format in formats)
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
         self.register_buffer("score", torch.zeros(batch, n_kv_heads, n_scores))
         self.register_buffer("victims", torch.zeros(batch, n_kv_heads, max_evict, dtype=torch.int64))
@@ -80,7 +110,7 @@ class LayerCache(nn.Module):
         self.register_buffer("number", torch.tensor([layer]))  # an int would make each layer compile a graph of its own
 
     def reset(self) -> None:
-        for buffer in (self.k, self.v, self.score, self.victims):
+        for buffer in (*self.k.buffers(), *self.v.buffers(), self.score, self.victims):
             buffer.zero_()
         self.pos.fill_(-1)
 
@@ -99,8 +129,8 @@ class LayerCache(nn.Module):
             pos = self.choose_prompt(lengths, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
         n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
-        self.k[rows, :, :n] = k[:, :, :n]
-        self.v[rows, :, :n] = v[:, :, :n]
+        self.k.put((rows, slice(None), slice(n)), k[:, :, :n])
+        self.v.put((rows, slice(None), slice(n)), v[:, :, :n])
         self.pos[rows, :, :n] = pos[:, :, :n]
         if self.prompt_is_evictable:
             self.score[rows, :, :n] = score[:, :, :n]
@@ -108,7 +138,7 @@ class LayerCache(nn.Module):
 
     def repeat_row(self, n: int) -> None:
         """Copy row n - 1 to all rows after it."""
-        for buffer in (self.k, self.v, self.pos, self.score):
+        for buffer in (*self.k.buffers(), *self.v.buffers(), self.pos, self.score):
             buffer[n:] = buffer[n - 1]
 
     def count_prompt(self, lengths: Tensor) -> None:
@@ -144,7 +174,7 @@ class LayerCache(nn.Module):
     def settle(self, start: int, count: int) -> None:
         """Copy the `count` decode slots in use, dead ones too, to slot `start` on, then free them: one copy a turn."""
         old, new = slice(self.prompt_slots, self.prompt_slots + count), slice(start, start + count)
-        for buffer in (self.k, self.v, self.pos):
+        for buffer in (*self.k.buffers(), *self.v.buffers(), self.pos):
             buffer[:, :, new] = buffer[:, :, old]
         if self.prompt_is_evictable:
             self.score[:, :, new] = self.score[:, :, old]
@@ -153,11 +183,13 @@ class LayerCache(nn.Module):
     def join(self, start: int, query_positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write a turn's tokens, at positions query_positions [B, n], to prompt slots from `start` on, and attend."""
         end = start + k.shape[2]
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
+        before = [kernels.decode(part.read(start), k.dtype) for part in (self.k, self.v)]  # once per turn
+        self.k.put((..., slice(start, end), slice(None)), k)
+        self.v.put((..., slice(start, end), slice(None)), v)
         self.pos[:, :, start:end] = query_positions[:, None]
         pos = self.pos[:, :, :end]
-        y, received = kernels.attend_block(q, self.k[:, :, :end], self.v[:, :, :end], pos, query_positions)
+        k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))  # what is new is read exactly
+        y, received = kernels.attend_block(q, k, v, pos, query_positions)
         if self.prompt_is_evictable and self.scores_every_step:
             self.score[:, :, start:end] = 0.0
             age = query_positions[:, None, -1:] + 1 - pos
@@ -185,8 +217,8 @@ class LayerCache(nn.Module):
 
     def write_token(self, now: StepInput, k: Tensor, v: Tensor) -> None:
         slot = self.next_slot(*self.of_layer(now.plan)[:2])
-        kernels.write_slots(self.k, slot, k)
-        kernels.write_slots(self.v, slot, v)
+        self.k.write(slot, k)
+        self.v.write(slot, v)
         kernels.write_slots(self.pos, slot, now.position.int()[:, None, None].expand_as(slot))
         if self.prompt_is_evictable:
             kernels.write_slots(self.gaps, slot, torch.zeros_like(slot, dtype=torch.int32))  # its victim's gap is gone
@@ -206,15 +238,18 @@ class LayerCache(nn.Module):
     def attend(self, now: StepInput, q: Tensor) -> tuple[Tensor, Tensor]:
         """Attention over the slots in use, and the probabilities that it gives them, [B, H, prompt_slots + reads]."""
         n = self.prompt_slots + now.reads
-        k, v, pos = self.k[:, :, :n], self.v[:, :, :n], self.pos[:, :, :n]
+        k, v, pos = self.k.read(n), self.v.read(n), self.pos[:, :, :n]
         end = now.prompt_reads[self.layer] if now.prompt_reads else self.prompt_slots
         gap = self.prompt_slots - end
         if gap < READ_BUCKET:
             return kernels.attend_slots(q, k, v, pos >= 0)
+
         # A conversation may have thousands of prompt slots that it has not reached yet. To leave them out costs a copy
         # of the others, which pays where the gap is wide.
-        k, v, pos = (torch.cat((x[:, :, :end], x[:, :, end + gap :]), 2) for x in (k, v, pos))
-        y, prob = kernels.attend_slots(q, k, v, pos >= 0)
+        def without_gap(x: Tensor) -> Tensor:
+            return torch.cat((x[:, :, :end], x[:, :, end + gap :]), 2)
+
+        y, prob = kernels.attend_slots(q, k.map(without_gap), v.map(without_gap), without_gap(pos) >= 0)
         return y, torch.cat((prob[:, :, :end], prob.new_zeros(*prob.shape[:2], gap), prob[:, :, end:]), 2)
 
     def evictable_pos(self, now: StepInput) -> Tensor:
@@ -275,7 +310,15 @@ def round_up(n: int, multiple: int) -> int:
 class Cache(nn.Module):
     """All layers, for one batch size, one policy and one output length. It holds everything that eviction knows."""
 
-    def __init__(self, config: ModelConfig, policy: Policy, prompt: PromptPolicy, size: CacheSize, dtype):
+    def __init__(
+        self,
+        config: ModelConfig,
+        policy: Policy,
+        prompt: PromptPolicy,
+        size: CacheSize,
+        dtype,
+        formats=FORMATS["model"],
+    ):
         super().__init__()
         self.config = config
         self.policy = policy
@@ -286,7 +329,7 @@ class Cache(nn.Module):
         for layer, (each, plan) in enumerate(zip(policies, schedules, strict=True)):
             prompt_slots = self.allocated_for(layer, size)
             shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
-            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, dtype))
+            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, formats, dtype))
         steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
         in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
         self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step

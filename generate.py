@@ -26,7 +26,19 @@ from torch import Tensor
 import kernels
 from cache import Cache, CacheSize, CacheSnapshot, StepInput, round_up
 from model import Llama, ModelConfig
-from scope import COMPRESSORS, FULL, SCORES, STRATEGIES, WHOLE_PROMPT, Policy, PromptPolicy, one_line, require
+from scope import (
+    COMPRESSORS,
+    FORMATS,
+    FULL,
+    SCORES,
+    STRATEGIES,
+    WHOLE_PROMPT,
+    Policy,
+    PromptPolicy,
+    one_line,
+    require,
+    require_known,
+)
 
 log = logging.getLogger("scope")
 MINI = Path(__file__).parent / "checkpoints" / "mini"
@@ -48,6 +60,8 @@ class Options:
     compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
     prompt_budget: int = option(2048, "prompt tokens that --compress keeps per KV head")
     obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
+    kv_format: str = option("model", "how keys and values are stored: as the model's dtype, or in fewer bits",
+                            choices=list(FORMATS))  # fmt: skip
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
     temperature: float = option(0.0, "0: greedy")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
@@ -77,6 +91,7 @@ class Options:
     def rules(self) -> tuple[Policy, PromptPolicy]:
         """What scope.py makes of these settings, for generated tokens and for the prompt."""
         policy = Policy(self.policy, self.heavy, self.recent, self.score)
+        require_known("kv_format", self.kv_format, FORMATS)
         return policy, PromptPolicy(self.compress, self.prompt_budget, self.obs_window)
 
 
@@ -107,6 +122,7 @@ class Stats:
     compress: str
     prompt_budget: int
     obs_window: int
+    kv_format: str
     steps: int  # decode steps: the tokens of the longest row, less the one that prefill gives
     prompt_slots: int  # allocated per KV head, the mean of the layers
     decode_slots: int
@@ -339,7 +355,7 @@ class Engine:
         self.size = size
         self.device = model.embed.weight.device
         self.check_memory()
-        self.cache = self.allocate(*options.rules(), size, self.device)
+        self.cache = self.allocate(*options.rules(), size, self.device, options.kv_format)
         self.sampler = sampler or kernels.Sampler(options, [] if options.ignore_eos else stop_ids).to(self.device)
         self.decode_step = decode_step
         self.noise: Tensor  # [T, B] one number per token, for sampling
@@ -355,16 +371,18 @@ class Engine:
 
     def check_memory(self) -> None:
         """Raises ValueError for a cache that does not fit: the system would kill the process when it fills up."""
-        need, free = self.allocate(*self.options.rules(), self.size, "meta").nbytes, free_memory(self.device)
+        need = self.allocate(*self.options.rules(), self.size, "meta", self.options.kv_format).nbytes
+        free = free_memory(self.device)
         if need > free:
             rows = int(self.size.batch * free / need)
             remedy = f"lower --batch-size to {rows}" if rows else "lower --max-new-tokens, or shorten the prompt"
             raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")
 
-    def allocate(self, policy: Policy, prompt: PromptPolicy, size: CacheSize, device) -> Cache:
+    def allocate(self, policy: Policy, prompt: PromptPolicy, size: CacheSize, device, kv_format: str) -> Cache:
+        formats = FORMATS[kv_format]
         try:
             with torch.device(device):
-                return Cache(self.model.config, policy, prompt, size, self.model.embed.weight.dtype)
+                return Cache(self.model.config, policy, prompt, size, self.model.embed.weight.dtype, formats)
         except RuntimeError as error:  # torch's out-of-memory errors, CPU and CUDA
             raise ValueError(f"the KV cache does not fit: {one_line(error)[:120]}; lower --batch-size") from error
 
@@ -504,7 +522,7 @@ class Engine:
             decode_slots=decode_slots,
             live_peak=self.prompt_live + (held.amax(0).float().mean().item() if self.steps else 0.0),
             kv_bytes=self.cache.nbytes,
-            kv_bytes_full=self.allocate(FULL, WHOLE_PROMPT, full, "meta").nbytes,
+            kv_bytes_full=self.allocate(FULL, WHOLE_PROMPT, full, "meta", "model").nbytes,
             prefill_s=self.prefill_s,
             compile_s=self.compile_s,
             eager_step_s=self.eager_step_s,

@@ -4,6 +4,9 @@ tests/core/test_kernels.py compares each one with a slow version of it. In the s
 number of query heads that share one KV head.
 """
 
+from math import gcd
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,6 +77,94 @@ def scaled_scores(q: Tensor, k: Tensor) -> Tensor:
     return q.unflatten(1, (k.shape[1], -1)) @ k[:, :, None].transpose(-1, -2) * k.shape[-1] ** -0.5
 
 
+# ---- how K and V are stored -------------------------------------------------------------------------------
+
+
+class Stored(NamedTuple):
+    """Keys or values as they lie in memory: x = codes * scale + low, with one scale and low for a group of channels.
+
+    codes [..., n, head_dim] in the model's dtype (then there is no scale) or int8; or [..., n, head_dim / 2] uint8: a
+    byte holds channel i in its low 4 bits, channel i + head_dim / 2 in the high ones. scale, low [..., n, groups].
+    """
+
+    codes: Tensor
+    scale: Tensor | None = None
+    low: Tensor | None = None
+
+    def map(self, function) -> "Stored":
+        """The same with `function` of each tensor."""
+        return Stored(*(None if part is None else function(part) for part in self))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [part for part in self if part is not None]
+
+
+def encode(x: Tensor, bits: int, n_groups: int, minimum: bool) -> Stored:
+    """x [..., head_dim] -> codes that `decode` turns back into x, up to half a scale.
+
+    8 bits, (63.5, -32, 16, 0.5): scale 0.5, codes 127, -64, 32, 1. 4 bits with a minimum, (-1, 0, 2, 6.5): low -1,
+    scale 0.5, codes 0, 2, 6, 15 in the bytes 96 and 242.
+    """
+    if bits == 16:
+        return Stored(x)
+    grouped = x.float().unflatten(-1, (n_groups, -1))
+    # First the scale is rounded to its dtype, then x is divided by it: rounded later it would cost as much as 8 bits do.
+    low = grouped.amin(-1).to(x.dtype) if minimum else None
+    span = grouped.amax(-1) - low.float() if minimum else grouped.abs().amax(-1)
+    most = 2**bits - 1 if minimum else 2 ** (bits - 1) - 1
+    scale = (span / most).to(x.dtype)
+    steps = (grouped - low.float()[..., None] if minimum else grouped) / scale.float().clamp(min=1e-30)[..., None]
+    codes = steps.round().clamp(0 if minimum else -most, most).flatten(-2)
+    if bits == 8:
+        return Stored(codes.to(torch.int8), scale, low)
+    first, second = codes.to(torch.uint8).chunk(2, -1)
+    return Stored(first | second << 4, scale, low)
+
+
+def decode(x: Stored, dtype: torch.dtype) -> Tensor:
+    """A copy in the model's dtype. Decode steps never make one: they fold scale and low into their products."""
+    if x.scale is None:
+        return x.codes
+    codes = torch.cat(halves(x.codes), -1).float().unflatten(-1, (x.scale.shape[-1], -1)) * x.scale.float()[..., None]
+    return (codes if x.low is None else codes + x.low.float()[..., None]).flatten(-2).to(dtype)
+
+
+def halves(codes: Tensor) -> list[Tensor]:
+    """The codes by channel: two halves of the channels where a byte holds two codes."""
+    return [codes & 15, codes >> 4] if codes.dtype == torch.uint8 else [codes]
+
+
+def pieces(x: Stored, widest: int) -> list[tuple]:
+    """(first channel, codes [..., n, width], scale [..., n], low) of neighbouring channels that share a scale."""
+    parts = halves(x.codes)
+    n = parts[0].shape[-1]
+    group = n * len(parts) // x.scale.shape[-1]
+    width = min(widest, gcd(n, group))
+    found = []
+    for channel in (half * n + start for half in range(len(parts)) for start in range(0, n, width)):
+        codes = parts[channel // n][..., channel % n : channel % n + width]
+        low = None if x.low is None else x.low[..., channel // group].float()
+        found.append((channel, codes.float(), x.scale[..., channel // group].float(), low))
+    return found
+
+
+def dot(q: Tensor, k: Stored) -> Tensor:
+    """q [B, H, G, head_dim] float32 times stored keys -> [B, H, G, n].
+
+    The scale is folded into the product: q . (codes * scale + low) = (q . codes) * scale + sum(q) * low.
+    """
+    if k.scale is None:
+        return (q[:, :, :, None] * k.codes[:, :, None].float()).sum(-1)
+    total = 0.0
+    for start, codes, scale, low in pieces(k, q.shape[-1]):
+        part = q[..., start : start + codes.shape[-1]]
+        total = total + (part[:, :, :, None] * codes[:, :, None]).sum(-1) * scale[:, :, None]
+        if low is not None:
+            total = total + part.sum(-1, keepdim=True) * low[:, :, None]
+    return total
+
+
 # ---- decode -----------------------------------------------------------------------------------------------
 
 
@@ -107,33 +198,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def attend_slots(q: Tensor, k: Tensor, v: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+def attend_slots(q: Tensor, k: Stored, v: Stored, live: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of one query per row over the live slots. Their order means nothing: RoPE is already in the keys.
 
     q [B, H * G, 1, head_dim], k and v [B, H, n_slots, head_dim], live [B, H, n_slots] bool
     -> output [B, H * G, 1, head_dim], probability [B, H, n_slots] float32, averaged over the group.
     """
-    grouped = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # [B, H, G, head_dim]: K is read once per group
-    if fuses(q):
-        logits = (grouped[:, :, :, None].float() * k[:, :, None].float()).sum(-1)
-    else:
-        logits = (grouped @ k.transpose(-1, -2)).float()
-    logits = (logits * k.shape[-1] ** -0.5).masked_fill(~live[:, :, None], float("-inf"))
+    grouped = q.unflatten(1, (live.shape[1], -1)).squeeze(3)  # [B, H, G, head_dim]: K is read once per group
+    folds = fuses(q) or torch.compiler.is_compiling() and k.scale is not None
+    logits = dot(grouped.float(), k) if folds else (grouped @ decode(k, q.dtype).transpose(-1, -2)).float()
+    logits = (logits * q.shape[-1] ** -0.5).masked_fill(~live[:, :, None], float("-inf"))
     prob = logits.softmax(-1)  # [B, H, G, n_slots]
-    y = weighted_sum(prob, v) if fuses(q) else prob.to(v.dtype) @ v
+    y = weighted_sum(prob, v).to(q.dtype) if folds else prob.to(q.dtype) @ decode(v, q.dtype)
     return y.flatten(1, 2).unsqueeze(2), prob.mean(2)
 
 
 VECTOR = 32  # channels of V that one vectorized loop adds up
 
 
-def weighted_sum(prob: Tensor, v: Tensor) -> Tensor:
+def weighted_sum(prob: Tensor, v: Stored) -> Tensor:
     """prob [B, H, G, n_slots], v [B, H, n_slots, head_dim] -> [B, H, G, head_dim], in one pass over V.
 
     The sum is split by channels. A single sum would read V once per 32 channels, wherever V is a prefix of the slots.
     """
-    sums = [(prob[..., None] * part[:, :, None].float()).sum(3) for part in v.split(VECTOR, -1)]
-    return torch.cat(sums, -1).to(v.dtype)
+    if v.scale is None:
+        sums = [(prob[..., None] * part[:, :, None].float()).sum(3) for part in v.codes.split(VECTOR, -1)]
+        return torch.cat(sums, -1)
+    sums = []
+    for _, codes, scale, low in pieces(v, VECTOR):
+        part = ((prob * scale[:, :, None])[..., None] * codes[:, :, None]).sum(3)
+        sums.append(part if low is None else part + (prob * low[:, :, None]).sum(3, keepdim=True))
+    return torch.cat(sums, -1)
 
 
 def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:

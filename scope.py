@@ -264,6 +264,34 @@ COMPRESSORS = {
 }
 
 
+# ---- storage formats of K and V: a token is one slot in each of them ----------------------------------------
+
+
+@dataclass(frozen=True)
+class Format:
+    """How keys or values are stored: so many bits a channel, with one scale for each group of channels of a token."""
+
+    bits: int = 16  # 16: the model's dtype as it is, without a scale
+    group: int = 0  # channels that share a scale; 0: all of the head's
+    minimum: bool = False  # codes count from the group's minimum, not from 0
+
+    def n_groups(self, head_dim: int) -> int:
+        """Raises ValueError for a head that cannot be divided so."""
+        group = min(self.group or head_dim, head_dim)
+        for unit in (group, 2 if self.bits == 4 else 1):  # a byte holds two codes of 4 bits
+            other = f"another one: head_dim {head_dim} is no multiple of {unit}"
+            require(head_dim % unit == 0, "kv_format", f"{self.bits} bits", other)
+        return head_dim // group
+
+
+FORMATS = {  # (of keys, of values)
+    "model": (Format(), Format()),
+    "int8": (Format(8), Format(8)),
+    "k8v4": (Format(8), Format(4, minimum=True)),  # keys need more bits than values (arXiv 2502.15075)
+    "int4": (Format(4, group=32, minimum=True), Format(4, group=32, minimum=True)),
+}
+
+
 # ---- the schedule: everything about a run that depends on t alone, known before the first step ------------
 
 

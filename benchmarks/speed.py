@@ -316,7 +316,7 @@ def swept_bytes(cache: Cache) -> list[int]:
 
 def bytes_per_token(cache: Cache) -> int:
     """K and V of one token in one layer."""
-    k = cache.layers[0].k
+    k = cache.layers[0].k.codes
     return 2 * k.shape[1] * k.shape[3] * k.element_size()
 
 

@@ -9,6 +9,7 @@ from cache import Cache
 from cli.output import replace_file
 from generate import Options, size_of
 from model import Llama
+from scope import FORMATS
 
 
 class Trace:
@@ -18,7 +19,9 @@ class Trace:
         if len(prompts) > options.batch_size:
             raise ValueError(f"--trace records one batch: {len(prompts)} prompts need --batch-size {len(prompts)}")
         with torch.device("meta"):  # shapes only
-            cache = Cache(model.config, *options.rules(), size_of(prompts, options), torch.float32)
+            cache = Cache(
+                model.config, *options.rules(), size_of(prompts, options), torch.float32, FORMATS[options.kv_format]
+            )
         size = cache.positions().nbytes * options.max_new_tokens
         if size > 2**30:
             raise ValueError(f"--trace would take {size / 2**30:.1f} GiB, more than 1: lower --max-new-tokens")

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from cache import Cache, CacheSize
 from model import ModelConfig
 from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
-from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, PromptPolicy
+from scope import COMPRESSORS, FORMATS, SCORES, STRATEGIES, Format, Policy, PromptPolicy
 
 HEAD_DIM = 4
 N_LAYERS = 3
+FEW_CHANNELS = Format(8, group=2), Format(4, group=2, minimum=True)  # several groups in a head as small as this
 FROZEN = [name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt]
 SHARED = [name for name in STRATEGIES if name not in FROZEN]  # prompt and output are one pool
 
@@ -44,6 +45,7 @@ class Setting:
     group: int  # query heads per KV head
     layer: int  # the one that is watched
     seed: int
+    formats: tuple[Format, Format] = FORMATS["model"]
 
     def alone(self, row: int) -> "Setting":
         """The same with one of the prompts only."""
@@ -75,7 +77,8 @@ def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, 
     prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)))
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
     layer, seed = draw(st.integers(0, N_LAYERS - 1)), draw(st.integers(0, 10**6))
-    return Setting(policy, prompt, T, prompts, steps, turns, n_kv_heads, group, layer, seed)
+    formats = draw(st.sampled_from([FORMATS["model"], *FORMATS.values(), FEW_CHANNELS]))
+    return Setting(policy, prompt, T, prompts, steps, turns, n_kv_heads, group, layer, seed, formats)
 
 
 class Play:
@@ -87,7 +90,7 @@ class Play:
         room = sum(turn.reads + turn.steps for turn in turns) if setting.turns else 0
         config = ModelConfig(9, 8, 8, N_LAYERS, heads * group, heads, HEAD_DIM)
         size = CacheSize(len(prompts), prompts, setting.T, room)
-        self.cache = Cache(config, setting.policy, setting.prompt, size, torch.float32)
+        self.cache = Cache(config, setting.policy, setting.prompt, size, torch.float32, setting.formats)
         self.layer = self.cache.layers[setting.layer]
         self.pairs = [(b, h) for b in range(len(prompts)) for h in range(heads)]
         self.generators: list[torch.Generator] = []  # one per row: its tokens do not depend on the other rows
@@ -222,8 +225,9 @@ class Play:
             for slot, position in enumerate(self.layer.pos[b, h].tolist()):
                 if position >= 0:
                     _, key, value = self.written[b][position]
-                    assert torch.equal(self.layer.k[b, h, slot], key[h])
-                    assert torch.equal(self.layer.v[b, h, slot], value[h])
+                    for slots, x in ((self.layer.k, key[h]), (self.layer.v, value[h])):
+                        held = slots.stored.map(lambda part, at=(b, h, slot): part[at])
+                        assert all(map(torch.equal, held.tensors, slots.encode(x).tensors))
 
     # ---- beside the oracle
 
@@ -237,7 +241,8 @@ class Play:
             kept = kept_of_prompt(prompt.compress, budget, prompt.obs_window, heads)
             for h, head in enumerate(heads):
                 numbers = policy.name, *self.decode_budget(), setting.T
-                oracles[b, h] = Oracle(numbers, policy.score, head, kept[h])
+                formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)
+                oracles[b, h] = Oracle(numbers, policy.score, head, kept[h], formats)
         return oracles
 
     def compare_positions(self) -> None:
@@ -260,7 +265,8 @@ def visible_state(cache: Cache) -> tuple[list[torch.Tensor], tuple]:
     tensors = [cache.lengths.clone(), snapshot.kept]
     for layer in cache.layers:
         live = layer.pos >= 0
-        tensors += [layer.pos.clone(), layer.k * live[..., None], layer.v * live[..., None]]
+        parts = [*layer.k.stored.tensors, *layer.v.stored.tensors]
+        tensors += [layer.pos.clone(), *(part * live[..., None] for part in parts)]
         if layer.prompt_is_evictable:
             tensors.append(layer.score * live)
     return tensors, (snapshot.position, snapshot.used)

@@ -7,6 +7,8 @@ the prompt compressors.
 
 import math
 
+import numpy as np
+
 UNIFIED = ("h2o", "streaming", "pyramidinfer")  # prompt and output are one pool
 
 
@@ -52,15 +54,22 @@ def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_laye
 
 
 class Oracle:
-    def __init__(self, setting: tuple, score: str, prompt: list[tuple], kept: list[int]):
-        """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it."""
+    def __init__(self, setting: tuple, score: str, prompt: list[tuple], kept: list[int], formats: tuple):
+        """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it.
+
+        formats: (bits, group, minimum) of keys and of values.
+        """
+        self.formats = formats
         self.name, self.heavy, self.recent, self.T = setting
         self.score = score
-        self.entries = {p: (key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
+        self.entries = {p: self.stored(key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
         self.totals = {p: received[p] if self.score != "own" or p == newest else 0.0 for p in kept}
+
+    def stored(self, key: list[float], value: list[float]) -> tuple[list[float], list[float]]:
+        return rounded(key, *self.formats[0]), rounded(value, *self.formats[1])
 
     @property
     def live(self) -> list[int]:
@@ -70,7 +79,7 @@ class Oracle:
     def step(self, t: int, queries: list[list[float]], key: list[float], value: list[float]) -> list[list[float]]:
         """One decode step of one KV head; queries are those of its group. Returns one output per query."""
         position = self.prompt_len + t - 1
-        self.entries[position] = (key, value)
+        self.entries[position] = self.stored(key, value)
         self.totals[position] = 0.0
         live = self.live
         probs = [softmax(query, [self.entries[p][0] for p in live]) for query in queries]
@@ -97,6 +106,8 @@ class Oracle:
                 if self.score == "cumulative" or self.score == "own" and other == p == newest:
                     self.totals[other] += sum(prob[i] for prob in probs) / len(probs)
             outputs.append([weighted(prob, [self.entries[other][1] for other in self.live]) for prob in probs])
+        for p, (_, key, value) in enumerate(block, position):  # among themselves they were read exactly
+            self.entries[p] = self.stored(key, value)
         self.prompt_len, self.n_kept = newest + 1, len(self.entries)
         return outputs
 
@@ -169,6 +180,20 @@ def received_attention(queries: list, keys: list, first: int = 0) -> list[float]
             for p, weight in enumerate(softmax(query, keys[: i + 1])):
                 received[p] += weight / len(queries[i])
     return received
+
+
+def rounded(x: list[float], bits: int, group: int, minimum: bool) -> list[float]:
+    """A key or a value as its storage format gives it back, group of channels by group, in float32."""
+    if bits == 16:
+        return x
+    group, result = group or len(x), []
+    for start in range(0, len(x), group):
+        part = np.array(x[start : start + group], dtype=np.float32)
+        low = part.min() if minimum else np.float32(0)
+        steps = 2**bits - 1 if minimum else 2 ** (bits - 1) - 1
+        scale = (part.max() - low if minimum else abs(part).max()) / np.float32(steps)
+        result += [float(low + scale * np.rint((number - low) / scale)) if scale else float(low) for number in part]
+    return result
 
 
 def softmax(query: list[float], keys: list[list[float]]) -> list[float]:

@@ -225,7 +225,7 @@ def test_live_bytes_are_those_of_the_tokens_that_each_step_attends_to(policy, co
 @pytest.mark.parametrize("policy", ["full", "slide", "adaptive", "pyramidinfer"])
 def test_swept_bytes_hold_the_live_ones_and_are_no_more_than_what_is_allocated(policy):
     cache = built(policy).engine.cache
-    allocated = sum(layer.k.nbytes + layer.v.nbytes for layer in cache.layers)
+    allocated = sum(layer.k.codes.nbytes + layer.v.codes.nbytes for layer in cache.layers)
     swept = speed.swept_bytes(cache)
     assert all(a <= b <= allocated for a, b in zip(speed.live_bytes(cache), swept, strict=True))
     assert policy != "full" or set(swept) == {allocated}

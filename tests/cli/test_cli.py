@@ -48,6 +48,7 @@ EFFECTS = {  # field of Options -> flags without it, flags with it, where the di
     "compress": (SNAPKV.replace("snapkv", "full"), SNAPKV, token_ids),
     "prompt_budget": (SNAPKV, f"{SNAPKV} --prompt-budget 5", token_ids),
     "obs_window": (SNAPKV, f"{SNAPKV} --obs-window 3", token_ids),
+    "kv_format": ("", "--kv-format int4", stat("kv_bytes")),
     "max_new_tokens": ("", "--max-new-tokens 20", lambda run: [len(ids) for ids in run.ids]),
     "temperature": ("", HOT, token_ids),
     "top_k": (HOT, f"{HOT} --top-k 2", token_ids),

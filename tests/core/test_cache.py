@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+import kernels
 from cache import Cache, CacheSize
 from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, settings_of_a_run
 from model import ModelConfig
@@ -37,7 +38,7 @@ def test_prompt_slots_never_change_after_prefill(setting):
     play = Play(setting)
     n = play.layer.prompt_slots
     for t in play.run():
-        prompt = [x[:, :, :n].clone() for x in (play.layer.k, play.layer.v, play.layer.pos)]
+        prompt = [x[:, :, :n].clone() for x in (play.layer.k.codes, play.layer.v.codes, play.layer.pos)]
         if t == 0:
             after_prefill = prompt
         assert all(torch.equal(a, b) for a, b in zip(prompt, after_prefill, strict=True))
@@ -90,7 +91,8 @@ def test_the_token_of_a_step_attends_to_itself(setting):
         for b, h in play.pairs:
             _, _, value = play.written[b][-1]
             group = output[b, h * setting.group : (h + 1) * setting.group, 0]
-            torch.testing.assert_close(group, value[h].expand_as(group))
+            stored = kernels.decode(play.layer.v.encode(value[h]), torch.float32)
+            torch.testing.assert_close(group, stored.expand_as(group))
 
 
 @given(settings_of_a_run())
@@ -105,7 +107,7 @@ def test_no_position_is_held_twice_and_every_slot_holds_what_its_position_brough
 def test_a_token_never_moves_and_each_step_writes_one_slot_per_head(setting):
     play, before = Play(setting), None
     for t in play.run():
-        k = play.layer.k.clone()
+        k = play.layer.k.codes.clone()
         if t:
             changed = (k != before).any(-1).sum(-1)  # [B, n_kv_heads] slots
             assert (changed == 1).all()
@@ -153,7 +155,7 @@ def test_the_plan_alone_tells_how_many_tokens_each_step_attends_to(setting):
 def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
     config = ModelConfig(9, 64, 64, 3, n_heads=8, n_kv_heads=2, head_dim=8)
     cache = Cache(config, Policy("slide", 5, 6, "cumulative"), WHOLE_PROMPT, CacheSize(4, [64], 1000), torch.bfloat16)
-    assert cache.layers[0].k.shape == (4, 2, 64 + 5 + 6 + 1, 8)
+    assert cache.layers[0].k.codes.shape == (4, 2, 64 + 5 + 6 + 1, 8)
     kv = 3 * 2 * (4 * 2 * 76 * 8) * 2
     pos, score, victims, number = 4 * 2 * 76 * 4, 4 * 2 * 12 * 4, 4 * 2 * 1 * 8, 8
     bookkeeping = (
@@ -161,7 +163,7 @@ def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
     )  # and the plan, the prompts' lengths and what is kept
     assert cache.nbytes == kv + bookkeeping
     full = Cache(config, Policy("full", 5, 6, "cumulative"), WHOLE_PROMPT, CacheSize(4, [64], 1000), torch.bfloat16)
-    assert full.layers[0].k.shape[2] == 64 + 1000
+    assert full.layers[0].k.codes.shape[2] == 64 + 1000
 
 
 @pytest.mark.parametrize("score", SCORES)

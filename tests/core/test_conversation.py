@@ -54,10 +54,10 @@ def test_a_turn_never_changes_an_older_frozen_slot(setting):
     play, older = Play(setting), []
     for _ in play.run_turns():
         for n, before in older:
-            now = play.layer.k[:, :, :n], play.layer.v[:, :, :n], play.layer.pos[:, :, :n]
+            now = play.layer.k.codes[:, :, :n], play.layer.v.codes[:, :, :n], play.layer.pos[:, :, :n]
             assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
         n = play.cache.used[setting.layer]
-        older.append((n, [x[:, :, :n].clone() for x in (play.layer.k, play.layer.v, play.layer.pos)]))
+        older.append((n, [x[:, :, :n].clone() for x in (play.layer.k.codes, play.layer.v.codes, play.layer.pos)]))
 
 
 @given(settings_of_a_conversation())

@@ -349,7 +349,7 @@ def test_no_graph_holds_a_copy_of_the_cache(shallow, policy):
                 for found in re.findall(r"empty_strided_cpu\(\((.*?)\)", code)
             ]
             assert sizes, "no buffer found: the pattern no longer fits the generated code"
-            assert max(torch.Size(size).numel() for size in sizes) < layer.k.numel()
+            assert max(torch.Size(size).numel() for size in sizes) < layer.k.codes.numel()
 
 
 # ---- a new score

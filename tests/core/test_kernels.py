@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kernels
+from scope import FORMATS, Format
 
 scores = st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 1e-30, 0.25, 0.5, 1.0, 3.0])
 rows = st.lists(st.tuples(scores, st.booleans()), min_size=3, max_size=12)
@@ -84,7 +85,7 @@ def test_attend_slots_equals_sdpa_over_the_live_slots():
     q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
     live = torch.rand(2, 3, 11) > 0.4
     live[:, :, 0] = True
-    y, prob = kernels.attend_slots(q, k, v, live)
+    y, prob = kernels.attend_slots(q, kernels.Stored(k), kernels.Stored(v), live)
     mask = live.repeat_interleave(2, 1)[:, :, None]
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(y, wanted)
@@ -111,7 +112,7 @@ def test_attend_slots_in_a_graph_equals_itself_outside(batch, group, head_dim):
     q, k, v = (torch.randn(batch, heads, n, head_dim) for heads, n in ((2 * group, 1), (2, 7), (2, 7)))
     live = torch.rand(batch, 2, 7) > 0.4
     live[:, :, 0] = True
-    inputs = q, k, v, live
+    inputs = q, kernels.Stored(k), kernels.Stored(v), live
     torch.testing.assert_close(fused(kernels.attend_slots, *inputs), kernels.attend_slots(*inputs))
 
 
@@ -142,3 +143,69 @@ def test_the_size_of_a_block_of_scores_changes_nothing(monkeypatch, block_scores
     in_one_block = compute()
     monkeypatch.setattr(kernels, "BLOCK_SCORES", block_scores)
     torch.testing.assert_close(compute(), in_one_block)
+
+
+# ---- storage formats
+
+STORED = [*FORMATS.values(), (Format(8, group=2), Format(4, group=2, minimum=True))]
+every_format = pytest.mark.parametrize("format", sorted({each for pair in STORED for each in pair}, key=str))
+
+
+def stored(x, format):
+    return kernels.encode(x, format.bits, format.n_groups(x.shape[-1]), format.minimum)
+
+
+def test_the_hand_examples_of_8_and_4_bits():
+    key = stored(torch.tensor([63.5, -32, 16, 0.5]), Format(8))
+    assert key.codes.tolist() == [127, -64, 32, 1] and key.scale.item() == 0.5
+    q = torch.tensor([1.0, 0, 0, 2])
+    assert kernels.dot(q[None, None, None], key.map(lambda part: part[None, None, None])).item() == 64.5
+    value = stored(torch.tensor([-1, 0, 2, 6.5]), Format(4, minimum=True))
+    assert value.codes.tolist() == [96, 242] and (value.scale.item(), value.low.item()) == (0.5, -1)
+    assert kernels.decode(value, torch.float32).tolist() == [-1, 0, 2, 6.5]
+
+
+@every_format
+@given(st.integers(0, 10**6), st.sampled_from([2, 4, 32, 64, 96, 128]), st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
+def test_what_is_stored_differs_by_half_a_scale_at_most(format, seed, head_dim, size):
+    x = torch.randn(2, 3, 5, head_dim, generator=torch.Generator().manual_seed(seed)) * size
+    found = stored(x, format)
+    back = kernels.decode(found, torch.float32)
+    if found.scale is None:
+        assert torch.equal(back, x)
+    else:
+        most = found.scale.repeat_interleave(head_dim // found.scale.shape[-1], -1) / 2
+        assert ((back - x).abs() <= most * 1.0001 + 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("formats", STORED, ids=str)
+@given(st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 8, 64, 96]))
+def test_attention_over_what_is_stored_equals_attention_over_a_decoded_copy(formats, batch, group, head_dim):
+    """In a graph the scales are folded into the products; outside, a copy is made."""
+    q, k, v = (torch.randn(batch, heads, n, head_dim) for heads, n in ((2 * group, 1), (2, 7), (2, 7)))
+    live = torch.rand(batch, 2, 7) > 0.4
+    live[:, :, 0] = True
+    k, v = (stored(x, format) for x, format in zip((k, v), formats, strict=True))
+    copies = (kernels.Stored(kernels.decode(x, torch.float32)) for x in (k, v))
+    wanted = kernels.attend_slots(q, *copies, live)
+    torch.testing.assert_close(fused(kernels.attend_slots, q, k, v, live), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(kernels.attend_slots(q, k, v, live), wanted, atol=1e-5, rtol=1e-4)
+
+
+BYTES = {"model": (512, 256, 128), "int8": (260, 132, 68), "k8v4": (198, 102, 54), "int4": (160, 80, 40)}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_bytes_of_a_token_are_those_of_the_table(name):
+    """K and V of one token and KV head in bf16, for head_dim 128, 64 and 32: codes, scales and minima."""
+    for head_dim, wanted in zip((128, 64, 32), BYTES[name], strict=True):
+        parts = [stored(torch.zeros(head_dim, dtype=torch.bfloat16), format).tensors for format in FORMATS[name]]
+        assert sum(part.nbytes for tensors in parts for part in tensors) == wanted
+
+
+def test_a_head_that_a_format_cannot_divide_is_refused():
+    with pytest.raises(ValueError, match="head_dim 80 is no multiple of 32"):
+        Format(4, group=32).n_groups(80)
+    with pytest.raises(ValueError, match="head_dim 5 is no multiple of"):
+        Format(4).n_groups(5)
+    assert Format(8).n_groups(5) == 1
