@@ -60,30 +60,31 @@ class Slots(nn.Module):
 
     def __init__(self, shape: tuple, format: Format, dtype):
         super().__init__()
-        groups = format.n_groups(shape[-1])
-        self.encode = partial(kernels.encode, bits=format.bits, n_groups=groups, minimum=format.minimum)
-        one = self.encode(torch.zeros(1, shape[-1], dtype=dtype))
-        for name, part in one._asdict().items():
-            zeros = None if part is None else torch.zeros(*shape[:-1], part.shape[-1], dtype=part.dtype)
-            self.register_buffer(name, zeros)
+        batch, n_kv_heads, n_slots, head_dim = shape
+        self.bits, minimum = format.bits, format.minimum
+        self.encode = partial(kernels.encode, bits=self.bits, n_groups=format.n_groups(head_dim), minimum=minimum)
+        one = self.encode(torch.zeros(1, n_kv_heads, 1, head_dim, dtype=dtype))
+        all_slots = one.map(lambda part: part.new_zeros(batch, part.shape[1], n_slots, *part.shape[3:]))
+        for name in ("codes", "scale", "low"):
+            self.register_buffer(name, getattr(all_slots, name))
 
     @property
     def stored(self) -> kernels.Stored:
-        return kernels.Stored(self.codes, self.scale, self.low)
+        return kernels.Stored(self.codes, self.scale, self.low, self.bits)
 
     def read(self, n: int) -> kernels.Stored:
         """The first n slots."""
         return self.stored.map(lambda part: part[:, :, :n])
 
-    def put(self, where: tuple, x: Tensor) -> None:
-        """Write x [..., n, head_dim] to slots that are neighbours."""
+    def put(self, x: Tensor, start: int, rows=slice(None)) -> None:
+        """Write x [n_rows, H, n, head_dim] of these rows to the slots from `start` on."""
         for part, new in zip(self.stored.tensors, self.encode(x).tensors, strict=True):
-            part[where] = new
+            part[rows, :, start : start + x.shape[2]] = new
 
     def write(self, slots: Tensor, x: Tensor) -> None:
         """Write x [B, H, n, head_dim] to the slots [B, H, n]."""
         for part, new in zip(self.stored.tensors, self.encode(x).tensors, strict=True):
-            kernels.write_slots(part, slots, new)
+            kernels.write_slots(part, slots.repeat(1, part.shape[1] // slots.shape[1], 1), new)
 
 
 class LayerCache(nn.Module):
@@ -129,8 +130,8 @@ class LayerCache(nn.Module):
             pos = self.choose_prompt(lengths, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
         n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
-        self.k.put((rows, slice(None), slice(n)), k[:, :, :n])
-        self.v.put((rows, slice(None), slice(n)), v[:, :, :n])
+        self.k.put(k[:, :, :n], 0, rows)
+        self.v.put(v[:, :, :n], 0, rows)
         self.pos[rows, :, :n] = pos[:, :, :n]
         if self.prompt_is_evictable:
             self.score[rows, :, :n] = score[:, :, :n]
@@ -184,8 +185,8 @@ class LayerCache(nn.Module):
         """Write a turn's tokens, at positions query_positions [B, n], to prompt slots from `start` on, and attend."""
         end = start + k.shape[2]
         before = [kernels.decode(part.read(start), k.dtype) for part in (self.k, self.v)]  # once per turn
-        self.k.put((..., slice(start, end), slice(None)), k)
-        self.v.put((..., slice(start, end), slice(None)), v)
+        self.k.put(k, start)
+        self.v.put(v, start)
         self.pos[:, :, start:end] = query_positions[:, None]
         pos = self.pos[:, :, :end]
         k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))  # what is new is read exactly

@@ -336,6 +336,8 @@ READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and e
 # Thresholds: inductor stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
 # again for each output channel (5.5 against 3.4 ms a step). vec_isa_ok: it does not test what /proc/cpuinfo says (3 s).
 CPU_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 6, "cpp.vec_isa_ok": True}
+# Here an operand of many ops must NOT be stored: it would be the whole cache, unpacked.
+UNPACKING = CPU_OPTIONS | {"realize_opcount_threshold": 40}
 
 
 def decode_step(
@@ -401,7 +403,8 @@ class Engine:
         started = time.perf_counter()
         on_gpu = self.device.type == "cuda"
         prepare_compiler(needs_cpp=not on_gpu)
-        how = {"mode": "reduce-overhead"} if on_gpu else {"options": CPU_OPTIONS}
+        packed = any(format.bits < 16 for format in FORMATS[self.options.kv_format])
+        how = {"mode": "reduce-overhead"} if on_gpu else {"options": UNPACKING if packed else CPU_OPTIONS}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
         for i, (select, reads) in enumerate(graphs):

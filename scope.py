@@ -276,12 +276,11 @@ class Format:
     minimum: bool = False  # codes count from the group's minimum, not from 0
 
     def n_groups(self, head_dim: int) -> int:
-        """Raises ValueError for a head that cannot be divided so."""
-        group = min(self.group or head_dim, head_dim)
-        for unit in (group, 2 if self.bits == 4 else 1):  # a byte holds two codes of 4 bits
-            other = f"another one: head_dim {head_dim} is no multiple of {unit}"
-            require(head_dim % unit == 0, "kv_format", f"{self.bits} bits", other)
-        return head_dim // group
+        """Groups of a head: head_dim / group, rounded down to a power of two. Raises ValueError for an odd head."""
+        channels = 32 // self.bits  # of one word
+        other = f"another one: head_dim {head_dim} is no multiple of {channels}"
+        require(self.bits == 16 or head_dim % channels == 0, "kv_format", f"{self.bits} bits", other)
+        return 1 << min(head_dim // self.group, channels).bit_length() - 1 if 0 < self.group < head_dim else 1
 
 
 FORMATS = {  # (of keys, of values)

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 from hypothesis import strategies as st
 
-from cache import Cache, CacheSize
+import kernels
+from cache import Cache, CacheSize, LayerCache, Slots
 from model import ModelConfig
 from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
 from scope import COMPRESSORS, FORMATS, SCORES, STRATEGIES, Format, Policy, PromptPolicy
 
-HEAD_DIM = 4
+HEAD_DIM = 8  # one word of 4-bit codes
 N_LAYERS = 3
 FEW_CHANNELS = Format(8, group=2), Format(4, group=2, minimum=True)  # several groups in a head as small as this
 FROZEN = [name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt]
@@ -220,14 +221,14 @@ class Play:
 
     def check_slots(self) -> None:
         """No position is held twice, and every live slot holds the key and value that its position brought."""
+        k, v = (kernels.decode(slots.stored, torch.float32) for slots in (self.layer.k, self.layer.v))
         for b, h in self.pairs:
             assert len(set(self.live(b, h))) == len(self.live(b, h))
             for slot, position in enumerate(self.layer.pos[b, h].tolist()):
                 if position >= 0:
                     _, key, value = self.written[b][position]
-                    for slots, x in ((self.layer.k, key[h]), (self.layer.v, value[h])):
-                        held = slots.stored.map(lambda part, at=(b, h, slot): part[at])
-                        assert all(map(torch.equal, held.tensors, slots.encode(x).tensors))
+                    assert torch.equal(k[b, h, slot], as_stored(self.layer.k, key[h]))
+                    assert torch.equal(v[b, h, slot], as_stored(self.layer.v, value[h]))
 
     # ---- beside the oracle
 
@@ -259,14 +260,24 @@ class Play:
 # ---- the state of a whole cache
 
 
+def as_stored(slots: Slots, x: torch.Tensor) -> torch.Tensor:
+    """One key or value [HEAD_DIM] as these slots give it back."""
+    return kernels.decode(slots.encode(x[None, None, None]), torch.float32)[0, 0, 0]
+
+
+def bits(layer: LayerCache) -> list[torch.Tensor]:
+    """What lies in the slots of K and V, [B, H, n_slots, n] int32 each: as float32, two equal words may be NaN."""
+    return [slots.codes.view(torch.int32) for slots in (layer.k, layer.v)]
+
+
 def visible_state(cache: Cache) -> tuple[list[torch.Tensor], tuple]:
     """All that a later step or turn can see: dead slots count as empty, whatever they hold."""
     snapshot = cache.snapshot()
     tensors = [cache.lengths.clone(), snapshot.kept]
     for layer in cache.layers:
         live = layer.pos >= 0
-        parts = [*layer.k.stored.tensors, *layer.v.stored.tensors]
-        tensors += [layer.pos.clone(), *(part * live[..., None] for part in parts)]
+        decoded = [kernels.decode(slots.stored, torch.float32) for slots in (layer.k, layer.v)]
+        tensors += [layer.pos.clone(), *(x * live[..., None] for x in decoded)]
         if layer.prompt_is_evictable:
             tensors.append(layer.score * live)
     return tensors, (snapshot.position, snapshot.used)

@@ -4,9 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-import kernels
 from cache import Cache, CacheSize
-from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, settings_of_a_run
+from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, as_stored, bits, settings_of_a_run
 from model import ModelConfig
 from oracle import paper_budget, paper_interval, paper_selects
 from scope import SCORES, STRATEGIES, WHOLE_PROMPT, Policy, PromptPolicy
@@ -38,7 +37,7 @@ def test_prompt_slots_never_change_after_prefill(setting):
     play = Play(setting)
     n = play.layer.prompt_slots
     for t in play.run():
-        prompt = [x[:, :, :n].clone() for x in (play.layer.k.codes, play.layer.v.codes, play.layer.pos)]
+        prompt = [x[:, :, :n].clone() for x in (*bits(play.layer), play.layer.pos)]
         if t == 0:
             after_prefill = prompt
         assert all(torch.equal(a, b) for a, b in zip(prompt, after_prefill, strict=True))
@@ -91,8 +90,7 @@ def test_the_token_of_a_step_attends_to_itself(setting):
         for b, h in play.pairs:
             _, _, value = play.written[b][-1]
             group = output[b, h * setting.group : (h + 1) * setting.group, 0]
-            stored = kernels.decode(play.layer.v.encode(value[h]), torch.float32)
-            torch.testing.assert_close(group, stored.expand_as(group))
+            torch.testing.assert_close(group, as_stored(play.layer.v, value[h]).expand_as(group))
 
 
 @given(settings_of_a_run())
@@ -107,7 +105,7 @@ def test_no_position_is_held_twice_and_every_slot_holds_what_its_position_brough
 def test_a_token_never_moves_and_each_step_writes_one_slot_per_head(setting):
     play, before = Play(setting), None
     for t in play.run():
-        k = play.layer.k.codes.clone()
+        k = bits(play.layer)[0].clone()
         if t:
             changed = (k != before).any(-1).sum(-1)  # [B, n_kv_heads] slots
             assert (changed == 1).all()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from generate import READ_EVERY, Conversation, Options, generate
-from harness import FROZEN, SHARED, Play, assert_same_state, settings_of_a_conversation, visible_state
+from harness import FROZEN, SHARED, Play, assert_same_state, bits, settings_of_a_conversation, visible_state
 from scope import STRATEGIES
 
 every_policy = pytest.mark.parametrize("policy", STRATEGIES)
@@ -54,10 +54,10 @@ def test_a_turn_never_changes_an_older_frozen_slot(setting):
     play, older = Play(setting), []
     for _ in play.run_turns():
         for n, before in older:
-            now = play.layer.k.codes[:, :, :n], play.layer.v.codes[:, :, :n], play.layer.pos[:, :, :n]
+            now = [x[:, :, :n] for x in (*bits(play.layer), play.layer.pos)]
             assert all(torch.equal(a, b) for a, b in zip(now, before, strict=True))
         n = play.cache.used[setting.layer]
-        older.append((n, [x[:, :, :n].clone() for x in (play.layer.k.codes, play.layer.v.codes, play.layer.pos)]))
+        older.append((n, [x[:, :, :n].clone() for x in (*bits(play.layer), play.layer.pos)]))
 
 
 @given(settings_of_a_conversation())

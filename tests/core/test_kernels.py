@@ -152,21 +152,35 @@ every_format = pytest.mark.parametrize("format", sorted({each for pair in STORED
 
 
 def stored(x, format):
+    """x [..., head_dim], of any shape with 4 dimensions or fewer."""
+    x = x[(None,) * (4 - x.dim())]
     return kernels.encode(x, format.bits, format.n_groups(x.shape[-1]), format.minimum)
+
+
+def codes(x):
+    """The codes of one token by channel, whatever words they lie in."""
+    return [int(number) for j in range(32 // x.bits) for number in kernels.code(x, j).flatten()]
 
 
 def test_the_hand_examples_of_8_and_4_bits():
     key = stored(torch.tensor([63.5, -32, 16, 0.5]), Format(8))
-    assert key.codes.tolist() == [127, -64, 32, 1] and key.scale.item() == 0.5
-    q = torch.tensor([1.0, 0, 0, 2])
-    assert kernels.dot(q[None, None, None], key.map(lambda part: part[None, None, None])).item() == 64.5
-    value = stored(torch.tensor([-1, 0, 2, 6.5]), Format(4, minimum=True))
-    assert value.codes.tolist() == [96, 242] and (value.scale.item(), value.low.item()) == (0.5, -1)
-    assert kernels.decode(value, torch.float32).tolist() == [-1, 0, 2, 6.5]
+    assert codes(key) == [127, -64, 32, 1] and key.scale.item() == 0.5
+    assert key.codes.view(torch.uint8).flatten().tolist() == [127, 256 - 64, 32, 1]
+    assert kernels.dot(torch.tensor([1.0, 0, 0, 2])[None, None, None], key).item() == 64.5
+    value = stored(torch.tensor([-1, 0, 2, 6.5, 6.5, 2, 0, -1]), Format(4, minimum=True))
+    assert codes(value) == [0, 2, 6, 15, 15, 6, 2, 0] and (value.scale.item(), value.low.item()) == (0.5, -1)
+    assert value.codes.view(torch.int32).item() == 0x026FF620, "the first channel in the lowest bits"
+    assert kernels.decode(value, torch.float32).flatten().tolist() == [-1, 0, 2, 6.5, 6.5, 2, 0, -1]
+
+
+def test_a_word_holds_channels_that_lie_n_words_apart():
+    x = stored(torch.arange(64.0) - 20, Format(8))
+    word = x.codes.view(torch.int8).view(16, 4)[3]
+    assert word.tolist() == [codes(x)[channel] for channel in (3, 19, 35, 51)]
 
 
 @every_format
-@given(st.integers(0, 10**6), st.sampled_from([2, 4, 32, 64, 96, 128]), st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
+@given(st.integers(0, 10**6), st.sampled_from([8, 32, 64, 80, 96, 128]), st.sampled_from([0.0, 1e-3, 1.0, 1e3]))
 def test_what_is_stored_differs_by_half_a_scale_at_most(format, seed, head_dim, size):
     x = torch.randn(2, 3, 5, head_dim, generator=torch.Generator().manual_seed(seed)) * size
     found = stored(x, format)
@@ -174,12 +188,13 @@ def test_what_is_stored_differs_by_half_a_scale_at_most(format, seed, head_dim, 
     if found.scale is None:
         assert torch.equal(back, x)
     else:
-        most = found.scale.repeat_interleave(head_dim // found.scale.shape[-1], -1) / 2
+        scale = found.scale.unflatten(1, (-1, 3)).movedim(1, -1)  # [2, 3, 5, n_groups]
+        most = scale.repeat_interleave(head_dim // scale.shape[-1], -1) / 2
         assert ((back - x).abs() <= most * 1.0001 + 1e-6 * size).all()
 
 
 @pytest.mark.parametrize("formats", STORED, ids=str)
-@given(st.integers(1, 2), st.integers(1, 3), st.sampled_from([2, 8, 64, 96]))
+@given(st.integers(1, 2), st.integers(1, 3), st.sampled_from([8, 64, 96]))
 def test_attention_over_what_is_stored_equals_attention_over_a_decoded_copy(formats, batch, group, head_dim):
     """In a graph the scales are folded into the products; outside, a copy is made."""
     q, k, v = (torch.randn(batch, heads, n, head_dim) for heads, n in ((2 * group, 1), (2, 7), (2, 7)))
@@ -204,8 +219,9 @@ def test_the_bytes_of_a_token_are_those_of_the_table(name):
 
 
 def test_a_head_that_a_format_cannot_divide_is_refused():
-    with pytest.raises(ValueError, match="head_dim 80 is no multiple of 32"):
-        Format(4, group=32).n_groups(80)
-    with pytest.raises(ValueError, match="head_dim 5 is no multiple of"):
-        Format(4).n_groups(5)
-    assert Format(8).n_groups(5) == 1
+    with pytest.raises(ValueError, match="head_dim 12 is no multiple of 8"):
+        Format(4, group=32).n_groups(12)
+    with pytest.raises(ValueError, match="head_dim 6 is no multiple of 4"):
+        Format(8).n_groups(6)
+    assert Format().n_groups(5) == 1
+    assert [Format(4, group=32).n_groups(head_dim) for head_dim in (32, 64, 80, 96, 128, 256)] == [1, 2, 2, 2, 4, 8]
