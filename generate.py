@@ -333,11 +333,17 @@ def may_begin(text: str, stops: tuple[str, ...]) -> int:
 
 READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and each read makes it wait
 
-# Thresholds: inductor stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
-# again for each output channel (5.5 against 3.4 ms a step). vec_isa_ok: it does not test what /proc/cpuinfo says (3 s).
-CPU_OPTIONS = {"realize_reads_threshold": 1, "realize_opcount_threshold": 6, "cpp.vec_isa_ok": True}
-# Here an operand of many ops must NOT be stored: it would be the whole cache, unpacked.
-UNPACKING = CPU_OPTIONS | {"realize_opcount_threshold": 40}
+
+def cpu_options(kv_format: str) -> dict:
+    """What inductor is told on a CPU.
+
+    reads, opcount: it stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
+    again for each output channel (5.5 against 3.4 ms a step). But words of codes must be unpacked inside of the sum, in
+    40 ops at most: what is stored would be a copy of the cache. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
+    """
+    packed = any(format.bits < 16 for format in FORMATS[kv_format])
+    most_ops = 40 if packed else 6
+    return {"realize_reads_threshold": 1, "realize_opcount_threshold": most_ops, "cpp.vec_isa_ok": True}
 
 
 def decode_step(
@@ -403,8 +409,7 @@ class Engine:
         started = time.perf_counter()
         on_gpu = self.device.type == "cuda"
         prepare_compiler(needs_cpp=not on_gpu)
-        packed = any(format.bits < 16 for format in FORMATS[self.options.kv_format])
-        how = {"mode": "reduce-overhead"} if on_gpu else {"options": UNPACKING if packed else CPU_OPTIONS}
+        how = {"mode": "reduce-overhead"} if on_gpu else {"options": cpu_options(self.options.kv_format)}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
         for i, (select, reads) in enumerate(graphs):

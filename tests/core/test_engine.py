@@ -16,7 +16,7 @@ from torch._inductor.utils import run_and_get_code
 import kernels
 from cache import READ_BUCKET, Cache, CacheSize
 from checkpoints import make_checkpoint
-from generate import CPU_OPTIONS, Engine, Options, Request, free_memory, generate, padded_width, run, size_of
+from generate import Engine, Options, Request, cpu_options, free_memory, generate, load, padded_width, run, size_of
 from model import Llama, ModelConfig
 from scope import SCORES, STRATEGIES
 
@@ -33,6 +33,13 @@ RANKINGS = [
     if score == "cumulative" or policy != "full" and row.ranking is None
 ]
 every_ranking = pytest.mark.parametrize(("policy", "score"), RANKINGS)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """One layer with a head_dim of 64: 16 words of 8-bit codes, two groups of 4-bit codes."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("wide"), num_hidden_layers=1, head_dim=64)
+    return load(str(folder))[0]
 
 
 def tokens(tiny, prompts=PROMPTS, policy="discontinuous", **changes):
@@ -333,12 +340,29 @@ def test_sampling_compiles_to_the_same_tokens(shallow):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["full", "slide", "h2o"])
-def test_no_graph_holds_a_copy_of_the_cache(shallow, policy):
-    """A scattered write that was not turned back into one in place would allocate a buffer of the cache's size."""
-    engine = engine_for(shallow[0], policy=policy, score="cumulative", compile=False)
-    layer = engine.cache.layers[0]
-    engine.decode_step = torch.compile(engine.decode_step, fullgraph=True, dynamic=False, options=CPU_OPTIONS)
+@pytest.mark.parametrize(("policy", "kv_format"), [("slide", "int8"), ("h2o", "k8v4"), ("slide", "int4")])
+def test_compiled_equals_eager_in_every_format(wide, policy, kv_format):
+    kept = {"policy": policy, "kv_format": kv_format}
+    engine = engine_for(wide, **kept)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert run_steps(engine, PROMPTS) == run_steps(engine_for(wide, compile=False, **kept), PROMPTS)
+        again = run_steps(engine, [ids + [1, 2, 3] for ids in PROMPTS])
+    assert again != run_steps(engine_for(wide, compile=False, policy=policy), [ids + [1, 2, 3] for ids in PROMPTS])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "kv_format"),
+    [("slide", "model"), ("h2o", "model"), ("slide", "int8"), ("h2o", "int4")],
+)
+def test_no_graph_holds_a_copy_of_the_cache(wide, policy, kv_format):
+    """A scattered write that was not turned back into one in place would allocate a buffer of the cache's size, and so
+    would codes that are unpacked before they are multiplied."""
+    engine = engine_for(wide, policy=policy, kv_format=kv_format, compile=False)
+    smallest = min(slots.codes.numel() for layer in engine.cache.layers for slots in (layer.k, layer.v))
+    engine.decode_step = torch.compile(
+        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(kv_format)
+    )
     torch._dynamo.reset()
     with torch._inductor.utils.fresh_cache():
         for key in sorted(set(engine.cache.graph_keys)):
@@ -349,7 +373,7 @@ def test_no_graph_holds_a_copy_of_the_cache(shallow, policy):
                 for found in re.findall(r"empty_strided_cpu\(\((.*?)\)", code)
             ]
             assert sizes, "no buffer found: the pattern no longer fits the generated code"
-            assert max(torch.Size(size).numel() for size in sizes) < layer.k.codes.numel()
+            assert max(torch.Size(size).numel() for size in sizes) < smallest
 
 
 # ---- a new score
