@@ -61,6 +61,7 @@ class Slots(nn.Module):
     def __init__(self, shape: tuple, format: Format, dtype):
         super().__init__()
         batch, n_kv_heads, n_slots, head_dim = shape
+        self.dtype = dtype  # of what is written and unpacked
         self.bits, minimum = format.bits, format.minimum
         self.encode = partial(kernels.encode, bits=self.bits, n_groups=format.n_groups(head_dim), minimum=minimum)
         one = self.encode(torch.zeros(1, n_kv_heads, 1, head_dim, dtype=dtype))
@@ -72,9 +73,13 @@ class Slots(nn.Module):
     def stored(self) -> kernels.Stored:
         return kernels.Stored(self.codes, self.scale, self.low, self.bits)
 
-    def read(self, n: int) -> kernels.Stored:
-        """The first n slots."""
-        return self.stored.map(lambda part: part[:, :, :n])
+    def read(self, end: int, start: int = 0) -> kernels.Stored:
+        """The slots from `start` to `end`."""
+        return self.stored.map(lambda part: part[:, :, start:end])
+
+    def unpack(self, end: int, start: int = 0) -> Tensor:
+        """The same as numbers, [B, H, n, head_dim]: a copy, but where nothing is packed."""
+        return kernels.decode(self.read(end, start), self.dtype)
 
     def put(self, x: Tensor, start: int, rows=slice(None)) -> None:
         """Write x [n_rows, H, n, head_dim] of these rows to the slots from `start` on."""
@@ -125,7 +130,7 @@ class LayerCache(nn.Module):
         y = kernels.causal_attention(q, k, v)
         slot = kernels.slot_numbers(k)
         pos = torch.where(slot < lengths[:, None, None], slot, -1)
-        score = self.prompt_score(q, k, lengths)
+        score = self.prompt_score(q, k, v, lengths)
         if kept is not None:
             pos = self.choose_prompt(lengths, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
@@ -154,13 +159,13 @@ class LayerCache(nn.Module):
         self.gaps.zero_()
         self.gaps[:, :, : self.prompt_slots] = torch.where(pos >= 0, lengths[:, None, None] - 1 - newer - pos, 0)
 
-    def prompt_score(self, q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
+    def prompt_score(self, q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
         """[B, H, S]: the decode score of each prompt token, from the prompt's own queries; 0 where none is needed."""
         if not (self.prompt_is_evictable and self.scores_every_step):
             return torch.zeros(k.shape[:3], device=k.device)
         received = kernels.received_attention(q, k, lengths)
-        age = lengths[:, None, None] - kernels.slot_numbers(k)
-        return self.policy.ranking.update(torch.zeros_like(received), received, age)
+        age = (lengths[:, None, None] - kernels.slot_numbers(k)).clamp(min=0)
+        return self.policy.ranking.update(torch.zeros_like(received), received, age, k, v)
 
     def choose_prompt(self, lengths: Tensor, kept: Tensor, prompt: PromptPolicy, q: Tensor, k: Tensor) -> Tensor:
         """The prompt positions that stay, [B, H, prompt_slots] int32; -1: the slot stays empty."""
@@ -184,7 +189,7 @@ class LayerCache(nn.Module):
     def join(self, start: int, query_positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write a turn's tokens, at positions query_positions [B, n], to prompt slots from `start` on, and attend."""
         end = start + k.shape[2]
-        before = [kernels.decode(part.read(start), k.dtype) for part in (self.k, self.v)]  # once per turn
+        before = [part.unpack(start) for part in (self.k, self.v)]  # once per turn
         self.k.put(k, start)
         self.v.put(v, start)
         self.pos[:, :, start:end] = query_positions[:, None]
@@ -193,8 +198,8 @@ class LayerCache(nn.Module):
         y, received = kernels.attend_block(q, k, v, pos, query_positions)
         if self.prompt_is_evictable and self.scores_every_step:
             self.score[:, :, start:end] = 0.0
-            age = query_positions[:, None, -1:] + 1 - pos
-            self.score[:, :, :end] = self.policy.ranking.update(self.score[:, :, :end], received, age)
+            age = torch.where(pos >= 0, query_positions[:, None, -1:] + 1 - pos, 0)
+            self.score[:, :, :end] = self.policy.ranking.update(self.score[:, :, :end], received, age, k, v)
         return y
 
     # ---- decode
@@ -258,14 +263,27 @@ class LayerCache(nn.Module):
         return self.pos[:, :, self.first_evictable : self.prompt_slots + now.reads]
 
     def age(self, now: StepInput) -> Tensor:
-        """[B, H, n]: how many queries have seen each of these tokens; 1 for the token of this step."""
-        return now.position.int()[:, None, None] - self.evictable_pos(now) + 1
+        """[B, H, n]: how many queries have seen each of these tokens; 1 for this step's own, 0 in a dead slot."""
+        pos = self.evictable_pos(now)
+        return torch.where(pos >= 0, now.position.int()[:, None, None] - pos + 1, 0)
+
+    def evictable_kv(self, now: StepInput) -> list:
+        """The keys and the values of these tokens; None for a score that does not read them."""
+        if not self.policy.ranking.reads_kv:
+            return [None, None]
+        return [part.unpack(self.prompt_slots + now.reads, self.first_evictable) for part in (self.k, self.v)]
 
     def update_score(self, now: StepInput, prob: Tensor) -> None:
         age = self.age(now)
         score = self.score[:, :, : age.shape[2]]
         inherited = torch.where(age == 1, 0.0, score)  # a new token starts from 0, not from its victim's score
-        score.copy_(self.policy.ranking.update(inherited, prob[:, :, self.first_evictable :], age))
+        prob = prob[:, :, self.first_evictable :]
+        score.copy_(self.policy.ranking.update(inherited, prob, age, *self.evictable_kv(now)))
+
+    def rank(self, pos: Tensor) -> Tensor:
+        """[B, H, n]: what the tokens at these positions are compared by."""
+        score, rank = self.score[:, :, : pos.shape[2]], self.policy.ranking.rank
+        return rank(score, pos) if rank else score
 
     def evict(self, now: StepInput) -> None:
         """Mark dead as many tokens as the plan says: the lowest-scored ones that are older than the window.
@@ -279,7 +297,7 @@ class LayerCache(nn.Module):
             newer = newer - self.gaps[:, :, : pos.shape[2]]
         evictable = (pos >= 0) & (newer >= self.policy.strategy.window(self.policy, self.held))
         most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
-        victims = kernels.lowest(self.score[:, :, : pos.shape[2]], pos, evictable, most) + self.first_evictable
+        victims = kernels.lowest(self.rank(pos), pos, evictable, most) + self.first_evictable
         count = self.of_layer(now.plan)[2]
         dies = torch.arange(most, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))

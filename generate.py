@@ -57,6 +57,7 @@ class Options:
     heavy: int = option(128, "heavy hitters: generated tokens kept per KV head for their score")
     recent: int = option(64, "newest generated tokens, always kept")
     score: str = option("cumulative", "what ranks generated tokens", choices=list(SCORES))
+    interval: int = option(0, "steps from one selection to the next; 0: the policy's own")
     compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
     prompt_budget: int = option(2048, "prompt tokens that --compress keeps per KV head")
     obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
@@ -90,7 +91,7 @@ class Options:
 
     def rules(self) -> tuple[Policy, PromptPolicy]:
         """What scope.py makes of these settings, for generated tokens and for the prompt."""
-        policy = Policy(self.policy, self.heavy, self.recent, self.score)
+        policy = Policy(self.policy, self.heavy, self.recent, self.score, self.interval)
         require_known("kv_format", self.kv_format, FORMATS)
         return policy, PromptPolicy(self.compress, self.prompt_budget, self.obs_window)
 
@@ -119,6 +120,7 @@ class Stats:
     heavy: int
     recent: int
     score: str
+    interval: int
     compress: str
     prompt_budget: int
     obs_window: int

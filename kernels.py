@@ -149,7 +149,7 @@ def groups(x: Stored) -> list[tuple[list[Tensor], Tensor, Tensor | None]]:
 
 
 def decode(x: Stored, dtype: torch.dtype) -> Tensor:
-    """A copy in the model's dtype. Compiled steps never make one: they fold scale and low into their products."""
+    """A copy in the model's dtype. Attention makes none in a compiled step: scale and low are folded into products."""
     if x.scale is None:
         return x.codes
     found = []
@@ -258,6 +258,47 @@ def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
 def slot_numbers(k: Tensor) -> Tensor:
     """[B, H, n, ...] -> the numbers 0 to n - 1 for each head, [B, H, n] int32."""
     return torch.arange(k.shape[2], device=k.device, dtype=torch.int32).expand(k.shape[:3])
+
+
+# ---- scores -----------------------------------------------------------------------------------------------
+
+
+def cosine_to_mean(k: Tensor, live: Tensor) -> Tensor:
+    """Cosine between each key and the mean direction of the live ones: k [B, H, n, head_dim], live [B, H, n].
+
+    Keys (1, 0), (1, 0), (0, 1): the mean direction is (2/3, 1/3), and the cosines are 0.894, 0.894 and 0.447. Of two
+    keys both have the same cosine, so three decimals are kept: no rounding error decides between them.
+    """
+    norm = k.float().norm(dim=-1).clamp(min=1e-30)
+    mean = ((live / norm)[..., None] * k).sum(2, keepdim=True)
+    cosine = (k * mean).sum(-1) / (norm * mean.norm(dim=-1).clamp(min=1e-30))
+    return (cosine * 1000).round() / 1000
+
+
+def squared_norm(x: Tensor, G: Tensor) -> Tensor:
+    """|x G|^2 of each token: x [B, H, n, head_dim], G [B, H, head_dim, m] -> [B, H, n]."""
+    return (x @ G.to(x.dtype)).float().square().sum(-1)
+
+
+def uniform(number: Tensor) -> Tensor:
+    """A number between 0 and 1, both excluded, for each whole number from 0 on: noise that any run repeats."""
+    x = number.long() + 0x9E3779B9 & 0xFFFFFFFF  # 32 bits, in int64, where no product overflows
+    for _ in range(2):
+        x = (x ^ x >> 16) * 0x45D9F3B & 0xFFFFFFFF
+    return (((x ^ x >> 16) & 0x7FFFFF).float() + 0.5) / 2**23
+
+
+def exponential(pos: Tensor) -> Tensor:
+    """Exponential noise [B, H, n], above 0: one number for each position and head; -1 is read as 0."""
+    head = torch.arange(pos.shape[1], device=pos.device)[:, None]
+    return -uniform(pos.clamp(min=0).long() * pos.shape[1] + head).log()
+
+
+def gaussian(seed: Tensor, rows: int, columns: int) -> Tensor:
+    """Normal noise for each seed from 0 on, [B, H] -> [B, H, rows, columns]: the Box-Muller transform."""
+    number = torch.arange(2 * rows * columns, device=seed.device).view(2, rows, columns)
+    u = uniform(seed[..., None, None, None].long() * number.numel() + number)
+    return (-2 * u[:, :, 0].log()).sqrt() * (2 * torch.pi * u[:, :, 1]).cos()
 
 
 # ---- ranking ----------------------------------------------------------------------------------------------

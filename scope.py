@@ -25,12 +25,14 @@ class Policy:
     heavy: int
     recent: int
     score: str
+    interval: int = 0  # steps from one selection to the next; 0: the strategy's own
 
     def __post_init__(self):
         require_known("policy", self.name, STRATEGIES)
         require_known("score", self.score, SCORES)
         require(self.heavy >= 0, "heavy", self.heavy, "0 tokens or more")
         require(self.recent >= 0, "recent", self.recent, "0 tokens or more")
+        require(self.interval >= 0, "interval", self.interval, "0 (the policy's own) or more")
 
     @property
     def strategy(self) -> "Strategy":
@@ -117,43 +119,76 @@ def half_of_everything(policy: Policy, held: Tensor) -> Tensor:
 # ---- scores: what makes a token worth keeping -------------------------------------------------------------
 
 
-def cumulative(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+def cumulative(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The sum of all attention that the token has received since it was written (H2O, arXiv 2306.14048)."""
     return score + prob
 
 
-def current(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+def current(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The attention of this step's query alone. SCOPE's published code ranks by it."""
     return prob
 
 
-def own(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+def own(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The token's attention to itself in the step that wrote it; never updated (docs/results.md)."""
     return where(age == 1, prob, score)
 
 
-def oldest(score: Tensor, prob: Tensor, age: Tensor) -> Tensor:
+def oldest(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Old tokens score higher than young ones, so the first tokens stay (StreamingLLM's sinks, arXiv 2309.17453)."""
     return age.float()
 
 
+def gkv(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The most attention of any step; what is past fades to 0.8 of it in 128 steps (G-KV, arXiv 2512.00504)."""
+    return prob.maximum(0.8 ** (1 / 128) * score)
+
+
+def raas(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor, enough: float = 1e-4) -> Tensor:
+    """Minus the steps since the token last received more attention than `enough` (RaaS, arXiv 2502.11147)."""
+    return where(prob > enough, 0.0, score - 1)
+
+
+def keydiff(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys that point away from the mean direction of the live ones score highest (KeyDiff, arXiv 2504.15364)."""
+    return -kernels.cosine_to_mean(k, age > 0)
+
+
+def vase(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """|kG|^2 |vG|^2 for a Gaussian G [head_dim, 20] that is drawn anew for each selection (VaSE, arXiv 2606.03928)."""
+    G = kernels.gaussian(age.sum(-1), k.shape[-1], 20)  # the ages of the pool add up to another number at each step
+    return kernels.squared_norm(k, G) * kernels.squared_norm(v, G)
+
+
+def drawn_by_score(score: Tensor, pos: Tensor) -> Tensor:
+    """The highest are a sample without replacement by score: a token draws one number for life, from its position."""
+    return score / kernels.exponential(pos)  # the order of log(score) + Gumbel noise
+
+
 @dataclass(frozen=True)
 class Score:
-    """`update(score, prob, age) -> score`, each [B, n_kv_heads, n]. The tokens with the highest score stay.
+    """`update(score, prob, age, k, v) -> score`, each [B, n_kv_heads, n]. The tokens with the highest score stay.
 
     score: what `update` returned one step before; 0 for a token that was just written. prob: the attention probability
     that this step's query gives the token, averaged over the query heads of its group. age: the number of queries that
-    have seen the token; 1 in the step that writes it.
+    have seen the token; 1 in the step that writes it, 0 in a dead slot. k, v: [B, n_kv_heads, n, head_dim].
     """
 
-    update: Callable[[Tensor, Tensor, Tensor], Tensor]
+    update: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     every_step: bool = True  # False: the result ignores `score`, so only selection steps need to compute it
+    reads_kv: bool = False  # False: k and v may be None, because to unpack a storage format takes time
+    rank: Callable[[Tensor, Tensor], Tensor] | None = None  # (score, pos) -> what a selection compares in its place
 
 
 SCORES = {
     "cumulative": Score(cumulative),
     "current": Score(current, every_step=False),
     "own": Score(own),
+    "gkv": Score(gkv),
+    "raas": Score(raas),
+    "keydiff": Score(keydiff, every_step=False, reads_kv=True),
+    "vase": Score(vase, every_step=False, reads_kv=True),
+    "sampled": Score(cumulative, rank=drawn_by_score),
 }
 
 
@@ -339,7 +374,7 @@ def schedule(policy: Policy, T: int) -> Schedule:
 
 def eviction_count(policy: Policy, T: int, t: int, live: int) -> int:
     """Tokens that must die after step t, when `live` more are held than the prompt gave; 0: step t only appends."""
-    if (t - policy.recent) % policy.strategy.interval(policy, T):
+    if (t - policy.recent) % (policy.interval or policy.strategy.interval(policy, T)):
         return 0
     return max(0, live - policy.strategy.budget(policy, T, t))
 

@@ -73,7 +73,8 @@ def settings_of_a_conversation(draw, policies=tuple(STRATEGIES), compressors=tup
 def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, steps: int, turns: list) -> Setting:
     """most: of the heavy tokens, and of the recent ones."""
     size = st.integers(0, most)
-    policy = Policy(draw(st.sampled_from(policies)), draw(size), draw(size), draw(st.sampled_from(list(SCORES))))
+    score, interval = draw(st.sampled_from(list(SCORES))), draw(st.sampled_from([0, 0, 1, 2, 3, 5]))
+    policy = Policy(draw(st.sampled_from(policies)), draw(size), draw(size), score, interval)
     budget = draw(st.integers(1, 14))
     prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)))
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
@@ -241,9 +242,9 @@ class Play:
             budget = layer_prompt_budget(prompt.compress, policy.name, prompt.budget, setting.layer, N_LAYERS, length)
             kept = kept_of_prompt(prompt.compress, budget, prompt.obs_window, heads)
             for h, head in enumerate(heads):
-                numbers = policy.name, *self.decode_budget(), setting.T
+                numbers = policy.name, *self.decode_budget(), setting.T, policy.interval
                 formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)
-                oracles[b, h] = Oracle(numbers, policy.score, head, kept[h], formats)
+                oracles[b, h] = Oracle(numbers, policy.score, (h, setting.n_kv_heads), head, kept[h], formats)
         return oracles
 
     def compare_positions(self) -> None:

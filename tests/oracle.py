@@ -6,6 +6,7 @@ the prompt compressors.
 """
 
 import math
+from collections import Counter
 
 import numpy as np
 
@@ -23,12 +24,13 @@ def paper_budget(name: str, heavy: int, recent: int, T: int, t: int) -> float:
     return min(heavy + recent, recent + heavy * (t - recent) // (T - recent))
 
 
-def paper_interval(name: str, heavy: int, recent: int, T: int) -> int:
-    return max(1, (T - recent) // heavy) if name == "discontinuous" and heavy else 1
+def paper_interval(name: str, heavy: int, recent: int, T: int, asked: int = 0) -> int:
+    """asked: what --interval says; 0: nothing."""
+    return asked or (max(1, (T - recent) // heavy) if name == "discontinuous" and heavy else 1)
 
 
-def paper_selects(name: str, heavy: int, recent: int, T: int, t: int) -> bool:
-    return (t > recent or name in UNIFIED) and (t - recent) % paper_interval(name, heavy, recent, T) == 0
+def paper_selects(name: str, heavy: int, recent: int, T: int, t: int, asked: int = 0) -> bool:
+    return (t > recent or name in UNIFIED) and (t - recent) % paper_interval(name, heavy, recent, T, asked) == 0
 
 
 def layer_budgets(mean: int, n_layers: int, most: int, last: float) -> list[int]:
@@ -54,19 +56,19 @@ def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_laye
 
 
 class Oracle:
-    def __init__(self, setting: tuple, score: str, prompt: list[tuple], kept: list[int], formats: tuple):
+    def __init__(self, setting: tuple, score: str, head: tuple, prompt: list[tuple], kept: list[int], formats: tuple):
         """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it.
 
-        formats: (bits, group, minimum) of keys and of values.
+        head: its number, and how many there are. formats: (bits, group, minimum) of keys and of values.
         """
         self.formats = formats
-        self.name, self.heavy, self.recent, self.T = setting
+        self.name, self.heavy, self.recent, self.T, self.interval = setting
+        self.head, self.n_heads = head
         self.score = score
         self.entries = {p: self.stored(key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
-        newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
-        self.totals = {p: received[p] if self.score != "own" or p == newest else 0.0 for p in kept}
+        self.totals = {p: self.updated(0.0, received[p], self.prompt_len - p) for p in kept}
 
     def stored(self, key: list[float], value: list[float]) -> tuple[list[float], list[float]]:
         return rounded(key, *self.formats[0]), rounded(value, *self.formats[1])
@@ -85,27 +87,24 @@ class Oracle:
         probs = [softmax(query, [self.entries[p][0] for p in live]) for query in queries]
         for i, p in enumerate(live):
             seen = sum(prob[i] for prob in probs) / len(probs)
-            if self.score == "cumulative":
-                self.totals[p] += seen
-            elif self.score == "current" or p == position:  # "own": the token's own query, once
-                self.totals[p] = seen
+            self.totals[p] = self.updated(self.totals[p], seen, position - p + 1)
         outputs = [weighted(prob, [self.entries[p][1] for p in live]) for prob in probs]
-        if paper_selects(self.name, self.heavy, self.recent, self.T, t):
+        if paper_selects(self.name, self.heavy, self.recent, self.T, t, self.interval):
             for p in self.victims(t):
                 del self.entries[p]
         return outputs
 
     def read(self, position: int, block: list[tuple]) -> list[list[list[float]]]:
         """A later turn: each token of the block sees what is left of all before it. Returns their outputs per query."""
-        outputs, newest = [], position + len(block) - 1
+        outputs, newest, received = [], position + len(block) - 1, Counter()
         for p, (queries, key, value) in enumerate(block, position):
             self.entries[p] = (key, value)
             self.totals[p] = 0.0
             probs = [softmax(query, [self.entries[other][0] for other in self.live]) for query in queries]
             for i, other in enumerate(self.live):
-                if self.score == "cumulative" or self.score == "own" and other == p == newest:
-                    self.totals[other] += sum(prob[i] for prob in probs) / len(probs)
+                received[other] += sum(prob[i] for prob in probs) / len(probs)
             outputs.append([weighted(prob, [self.entries[other][1] for other in self.live]) for prob in probs])
+        self.totals = {p: self.updated(self.totals[p], received[p], newest - p + 1) for p in self.live}
         for p, (_, key, value) in enumerate(block, position):  # among themselves they were read exactly
             self.entries[p] = self.stored(key, value)
         self.prompt_len, self.n_kept = newest + 1, len(self.entries)
@@ -134,7 +133,61 @@ class Oracle:
             return pool[:excess]
         older = pool[: max(0, len(pool) - self.recent)]
         assert frozen + len(older) >= excess
-        return sorted(older, key=lambda p: (self.totals[p], p))[:excess]
+        worth = self.worth(pool)
+        return sorted(older, key=lambda p: (worth[p], p))[:excess]
+
+    def updated(self, total: float, seen: float, age: int) -> float:
+        """What a token's record becomes when queries have given it this much attention."""
+        if self.score == "own":  # the token's own query, once
+            return seen if age == 1 else total
+        if self.score == "gkv":
+            return max(seen, total * 0.8 ** (1 / 128))
+        if self.score == "raas":
+            return 0.0 if seen > 1e-4 else total - 1
+        return seen if self.score == "current" else total + seen
+
+    def worth(self, pool: list[int]) -> dict[int, float]:
+        """What the tokens that compete are compared by: their records, or what the score makes of the whole pool."""
+        if self.score == "sampled":
+            return {p: self.totals[p] / -math.log(noise(p * self.n_heads + self.head)) for p in pool}
+        if self.score == "keydiff":
+            return away_from_mean({p: self.entries[p][0] for p in pool})
+        if self.score == "vase":
+            seed = sum(self.newest - p + 1 for p in pool)
+            return {p: projected(self.entries[p][0], seed) * projected(self.entries[p][1], seed) for p in pool}
+        return self.totals
+
+    @property
+    def newest(self) -> int:
+        return max(self.entries)
+
+
+def away_from_mean(keys: dict[int, list[float]]) -> dict[int, float]:
+    """Minus the cosine between each key and the mean of all keys' directions, three decimals of it."""
+    units = {p: np.array(key) / max(1e-30, np.linalg.norm(key)) for p, key in keys.items()}
+    mean = sum(units.values())
+    return {p: -round(float(unit @ mean) / max(1e-30, np.linalg.norm(mean)), 3) for p, unit in units.items()}
+
+
+def projected(x: list[float], seed: int) -> float:
+    """The squared length of x after a projection to 20 dimensions by normal noise, drawn from the seed."""
+    total, first, draws = 0.0, seed * 2 * len(x) * 20, len(x) * 20
+    for column in range(20):
+        length = 0.0
+        for i, channel in enumerate(x):
+            at = first + i * 20 + column
+            normal = math.sqrt(-2 * math.log(noise(at))) * math.cos(2 * math.pi * noise(at + draws))
+            length += channel * normal
+        total += length**2
+    return total
+
+
+def noise(number: int) -> float:
+    """A hash of the number, as a fraction between 0 and 1."""
+    x = (number + 0x9E3779B9) % 2**32
+    for _ in range(2):
+        x = (x ^ x // 2**16) * 0x45D9F3B % 2**32
+    return ((x ^ x // 2**16) % 2**23 + 0.5) / 2**23
 
 
 def kept_of_prompt(compress: str, budget: int, obs_window: int, heads: list[list[tuple]]) -> list[list[int]]:

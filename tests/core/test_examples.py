@@ -1,5 +1,6 @@
 """The worked examples in the docstrings: their numbers hold, and the docstrings still say them."""
 
+import pytest
 import torch
 
 import kernels
@@ -25,6 +26,49 @@ def test_linear():
     assert [scope.linear(100, layer, 4, most=1000) for layer in range(4)] == [195, 132, 68, 5]
     capped = [scope.linear(100, layer, 4, most=150) for layer in range(4)]
     assert capped[0] == 150 and sum(capped) == 400  # the slope is less steep, the mean is the same
+
+
+def run_score(score, **tensors) -> list[float]:
+    """What a score function makes of three tokens of one head; what is not given is 0."""
+    given = {name: torch.zeros(1, 1, 3) for name in ("score", "prob")} | {"age": torch.tensor([[[3, 2, 1]]])}
+    given |= {name: torch.ones(1, 1, 3, 2) for name in "kv"}
+    return score(**given | {name: torch.tensor([[x]]) for name, x in tensors.items()})[0, 0].tolist()
+
+
+def test_keydiff():
+    assert says(kernels.cosine_to_mean, "(1, 0), (1, 0), (0, 1): the mean direction is (2/3, 1/3), and the cosines are")
+    keys = [[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]
+    assert run_score(scope.keydiff, k=keys) == pytest.approx([-0.894, -0.894, -0.447])
+    dead = [[3.0, 0.0], [0.0, 2.0], [-5.0, 0.0]]  # the last: age 0
+    assert run_score(scope.keydiff, k=dead, age=[2, 1, 0]) == pytest.approx([-0.707, -0.707, 0.707])
+
+
+def test_vase(monkeypatch):
+    """With the identity in place of noise: |k|^2 |v|^2."""
+    monkeypatch.setattr(kernels, "gaussian", lambda seed, rows, columns: torch.eye(rows)[None, None])
+    keys, values = [[3.0, 4.0], [1.0, 0.0], [0.0, 0.0]], [[1.0, 0.0], [2.0, 2.0], [5.0, 5.0]]
+    assert run_score(scope.vase, k=keys, v=values) == [25, 8, 0]
+
+
+def test_vase_draws_anew_at_each_step_and_the_same_for_equal_pools():
+    keys = torch.randn(3, 2).tolist()
+    first, again, later = (run_score(scope.vase, k=keys, age=age) for age in ([3, 2, 1], [3, 2, 1], [4, 3, 2]))
+    assert first == again != later
+
+
+def test_raas():
+    scores = [scope.raas(torch.zeros(3), torch.tensor([0.2, 0.05, 0.05]), None, None, None, enough=0.1)]
+    scores += [scope.raas(scores[0], torch.tensor([0.05, 0.2, 0.05]), None, None, None, enough=0.1)]
+    assert [score.tolist() for score in scores] == [[0, -1, -1], [-1, 0, -2]]
+
+
+def test_gkv():
+    """What was received 128 steps ago counts 0.8 of it."""
+    score = torch.tensor([0.5])
+    for _ in range(128):
+        score = scope.gkv(score, torch.tensor([0.1]), None, None, None)
+    assert score.item() == pytest.approx(0.4, rel=1e-5)
+    assert scope.gkv(score, torch.tensor([0.45]), None, None, None).item() == pytest.approx(0.45)
 
 
 def test_schedule():

@@ -225,3 +225,38 @@ def test_a_head_that_a_format_cannot_divide_is_refused():
         Format(8).n_groups(6)
     assert Format().n_groups(5) == 1
     assert [Format(4, group=32).n_groups(head_dim) for head_dim in (32, 64, 80, 96, 128, 256)] == [1, 2, 2, 2, 4, 8]
+
+
+# ---- noise that any run repeats
+
+
+def test_noise_is_spread_evenly_and_no_number_tells_of_the_next():
+    u = kernels.uniform(torch.arange(40_000))
+    assert u.min() > 0 and (u.log() < 0).all()
+    assert (u.sort().values - torch.linspace(0, 1, 40_000)).abs().max() < 0.01
+    for lag in (1, 2, 8, 64, 4096):
+        assert abs(torch.corrcoef(torch.stack((u[:-lag], u[lag:])))[0, 1]) < 0.02
+
+
+def test_gaussian_noise_is_normal_and_another_for_each_seed():
+    G = kernels.gaussian(torch.arange(6).view(3, 2), 64, 20)
+    assert G.shape == (3, 2, 64, 20)
+    assert abs(G.mean()) < 0.03 and abs(G.std() - 1) < 0.03 and abs((G**4).mean() - 3) < 0.3
+    one, two = G.flatten(2)[0]
+    assert abs(torch.corrcoef(torch.stack((one, two)))[0, 1]) < 0.1
+
+
+def test_the_highest_after_division_by_exponential_noise_are_a_sample_by_score():
+    """Scores 3, 2, 1: the first place goes to them in 3, 2 and 1 of 6 cases. The second, after the 3 (half of all
+    cases), goes to the 2 in 2 of 3."""
+    pos = torch.arange(60_000, dtype=torch.int32).view(1, 1, -1, 3)
+    worth = torch.tensor([3.0, 2.0, 1.0]) / kernels.exponential(pos.flatten(2)).view(-1, 3)
+    order = worth.argsort(descending=True)
+    for token, share in enumerate((3 / 6, 2 / 6, 1 / 6)):
+        assert abs((order[:, 0] == token).float().mean() - share) < 0.01
+    assert abs(((order[:, 0] == 0) & (order[:, 1] == 1)).float().mean() - 1 / 3) < 0.01
+
+
+def test_each_head_draws_numbers_of_its_own_and_each_row_the_same():
+    noise = kernels.exponential(torch.arange(9, dtype=torch.int32).expand(2, 3, 9))
+    assert torch.equal(noise[0], noise[1]) and noise[0].unique().numel() == 27

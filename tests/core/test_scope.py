@@ -8,9 +8,14 @@ from oracle import paper_budget, paper_interval, paper_selects
 from scope import SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
 
 sizes = st.integers(0, 24)
-policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, st.sampled_from(list(SCORES)))
+scores, intervals = st.sampled_from(list(SCORES)), st.sampled_from([0, 0, 1, 2, 5, 30])
+policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, scores, intervals)
 limited = policies.filter(lambda policy: policy.name != "full")
 lengths = st.integers(1, 80)
+
+
+def numbers(policy):
+    return policy.name, policy.heavy, policy.recent
 
 
 def live_after(plan, t):
@@ -22,22 +27,22 @@ def live_after(plan, t):
 def test_a_selection_leaves_exactly_the_papers_budget(policy, T):
     plan = schedule(policy, T)
     for t in range(1, T + 1):
-        if paper_selects(policy.name, policy.heavy, policy.recent, T, t):
-            assert live_after(plan, t) == min(t, paper_budget(policy.name, policy.heavy, policy.recent, T, t))
+        if paper_selects(*numbers(policy), T, t, policy.interval):
+            assert live_after(plan, t) == min(t, paper_budget(*numbers(policy), T, t))
 
 
 @given(limited, lengths)
 def test_between_selections_the_pool_stays_below_budget_plus_interval(policy, T):
-    plan, interval = schedule(policy, T), paper_interval(policy.name, policy.heavy, policy.recent, T)
+    plan, interval = schedule(policy, T), paper_interval(*numbers(policy), T, policy.interval)
     for t in range(1, T + 1):
-        budget = paper_budget(policy.name, policy.heavy, policy.recent, T, t)
+        budget = paper_budget(*numbers(policy), T, t)
         assert live_after(plan, t) <= budget + interval - 1
 
 
 @given(policies, lengths)
 def test_no_step_selects_where_the_paper_does_not(policy, T):
     for t, step in enumerate(schedule(policy, T).steps, 1):
-        assert not step.evict or paper_selects(policy.name, policy.heavy, policy.recent, T, t)
+        assert not step.evict or paper_selects(*numbers(policy), T, t, policy.interval)
 
 
 @given(policies, lengths)
@@ -49,7 +54,7 @@ def test_there_are_as_many_slots_as_tokens_are_ever_held_at_a_time(policy, T):
 
 @given(limited, lengths)
 def test_the_slots_do_not_grow_with_the_output(policy, T):
-    interval = paper_interval(policy.name, policy.heavy, policy.recent, T)
+    interval = paper_interval(*numbers(policy), T, policy.interval)
     assert schedule(policy, T).n_slots <= min(T, policy.heavy + policy.recent + interval)
 
 
@@ -84,6 +89,14 @@ def test_the_papers_example_peaks_three_percent_over_its_budget():
     assert live_after(plan, 4096) == 512
 
 
+def test_an_interval_selects_every_so_many_steps_and_peaks_at_budget_plus_interval_minus_one():
+    """3 + 2 tokens, every 4 steps, counted from step 2: 5 stay after steps 6, 10 and 14, and 8 before them."""
+    plan = schedule(Policy("slide", 3, 2, "cumulative", interval=4), 16)
+    assert [t for t, step in enumerate(plan.steps, 1) if step.evict] == [6, 10, 14]
+    assert [live_after(plan, t) for t in (5, 6, 9, 10, 13, 14)] == [5, 5, 8, 5, 8, 5]
+    assert (plan.n_slots, plan.max_evict) == (9, 4)  # step 10 writes its token before it selects
+
+
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "full"])
 @pytest.mark.parametrize(("heavy", "recent"), [(0, 0), (0, 5), (5, 0), (100, 100)])
 def test_extreme_budgets_are_legal(name, heavy, recent):
@@ -111,6 +124,11 @@ def test_a_linear_spread_falls_with_the_layers_and_keeps_the_mean(budget, most, 
 def test_impossible_policies_are_refused_by_name(name, heavy, recent, score, complaint):
     with pytest.raises(ValueError, match=complaint):
         Policy(name, heavy, recent, score)
+
+
+def test_an_impossible_interval_is_refused():
+    with pytest.raises(ValueError, match=r"interval is -1: it must be 0 \(the policy's own\) or more"):
+        Policy("slide", 1, 1, "current", interval=-1)
 
 
 @pytest.mark.parametrize(
