@@ -52,7 +52,7 @@ class StepInput(NamedTuple):
     reads: int  # decode slots that attention reads
     prompt_reads: list[int] | None  # prompt slots of each layer that it reads; None: all
     position: Tensor  # [B] of the token that is written
-    plan: Tensor  # [n_layers, 3]: the scope.StepPlan of each layer
+    plan: Tensor  # [n_layers, 3 or 4]: the scope.StepPlan of each layer
 
 
 class Slots(nn.Module):
@@ -285,19 +285,26 @@ class LayerCache(nn.Module):
         score, rank = self.score[:, :, : pos.shape[2]], self.policy.ranking.rank
         return rank(score, pos) if rank else score
 
+    def candidates(self, now: StepInput) -> Tensor:
+        """[B, H, n] bool: the tokens that may die. They are older than the window, or the two that the plan names."""
+        pos, strategy = self.evictable_pos(now), self.policy.strategy
+        if strategy.candidates:
+            place = kernels.ranks(pos) - self.of_layer(now.plan)[3]
+            return (pos >= 0) & (place >= 0) & (place <= 1)
+        newer = self.age(now) - 1  # tokens, where none is missing
+        if self.prompt_is_evictable:
+            newer = newer - self.gaps[:, :, : pos.shape[2]]
+        return (pos >= 0) & (newer >= strategy.window(self.policy, self.held))
+
     def evict(self, now: StepInput) -> None:
-        """Mark dead as many tokens as the plan says: the lowest-scored ones that are older than the window.
+        """Mark dead as many tokens as the plan says: the lowest-scored ones of the candidates.
 
         Two cases share this code, because layers may select at different steps. Plan says 3: the 3 slots go dead, and
         `victims` lists them for the next 3 tokens. Plan says 0: nothing dies, and `victims` stays as it was.
         """
         pos = self.evictable_pos(now)
-        newer = self.age(now) - 1  # tokens, where none is missing
-        if self.prompt_is_evictable:
-            newer = newer - self.gaps[:, :, : pos.shape[2]]
-        evictable = (pos >= 0) & (newer >= self.policy.strategy.window(self.policy, self.held))
         most = min(self.max_evict, pos.shape[2])  # max_evict may be a later selection's, with more slots in use
-        victims = kernels.lowest(self.rank(pos), pos, evictable, most) + self.first_evictable
+        victims = kernels.lowest(self.rank(pos), pos, self.candidates(now), most) + self.first_evictable
         count = self.of_layer(now.plan)[2]
         dies = torch.arange(most, device=pos.device) < count
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
@@ -353,7 +360,8 @@ class Cache(nn.Module):
         in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
         self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step
         self.graph_keys = self.find_graph_keys(steps, max(plan.n_slots for plan in schedules))
-        self.register_buffer("plan", torch.tensor(steps))  # [T, n_layers, 3]
+        numbers = 4 if policy.strategy.candidates else 3  # of a StepPlan: nobody else reads `pair`
+        self.register_buffer("plan", torch.tensor(steps)[..., :numbers].clone())  # [T, n_layers, numbers]
         self.register_buffer("lengths", torch.zeros(size.batch, dtype=torch.int64))  # tokens before the output
         kept = torch.zeros(config.n_layers, size.batch, dtype=torch.int64)
         self.register_buffer("kept", kept)  # prompt tokens kept per KV head, the mean of the heads

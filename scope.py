@@ -33,6 +33,8 @@ class Policy:
         require(self.heavy >= 0, "heavy", self.heavy, "0 tokens or more")
         require(self.recent >= 0, "recent", self.recent, "0 tokens or more")
         require(self.interval >= 0, "interval", self.interval, "0 (the policy's own) or more")
+        no_pairs = self.interval < 2 or not self.strategy.candidates
+        require(no_pairs, "interval", self.interval, f"0 or 1: {self.name} evicts a token in every step")
 
     @property
     def strategy(self) -> "Strategy":
@@ -114,6 +116,20 @@ def whole_budget(policy: Policy, held: Tensor) -> int:
 
 def half_of_everything(policy: Policy, held: Tensor) -> Tensor:
     return (held + policy.heavy + policy.recent) // 2
+
+
+# ---- candidates: the place, newest first, of the newer of two tokens of which the lower-scored one dies at step t ----
+
+
+def cascade_pair(policy: Policy, t: int) -> int:
+    """Cascading KV cache (arXiv 2406.17808): at token n, buffer i takes what falls out of buffer i - 1 if 2^i | n.
+
+    Otherwise that token and the newest of buffer i compete. W 2, n 5: buffer 1 does not take the token that falls out
+    of buffer 0, so places 2 and 3 compete. Where every buffer takes one, the oldest token dies.
+    """
+    W, budget, n = max(1, policy.recent), policy.heavy + policy.recent, t - 1
+    place = W * (n & -n).bit_length()  # n 12: 12 & -12 is 4, which has 3 bits. 2 and 4 divide 12, 8 does not: buffer 3
+    return place if n > budget and place < budget else budget  # up to n = budget, all buffers take all
 
 
 # ---- scores: what makes a token worth keeping -------------------------------------------------------------
@@ -228,6 +244,7 @@ class Strategy:
     budget: Callable[[Policy, int, int], int]  # (policy, T, t) -> tokens
     interval: Callable[[Policy, int], int] = every_step  # (policy, T) -> steps
     window: Callable[[Policy, Tensor], int | Tensor] = last_recent
+    candidates: Callable[[Policy, int], int] | None = None  # (policy, t) -> place; None: all older than the window
     frozen_prompt: bool = True  # False: prompt and output are one pool of kept prompt + heavy + recent tokens
     ranking: Score | None = None  # None: the score that --score names
     spread: Callable[[int, int, int, int], int] = uniform  # (mean budget, layer, n_layers, most) -> tokens
@@ -239,6 +256,7 @@ STRATEGIES = {
     "slide": Strategy(budget=fixed),
     "adaptive": Strategy(budget=growing, grows=True),
     "discontinuous": Strategy(budget=growing, interval=one_heavy_hitter_apart, grows=True),
+    "cascade": Strategy(budget=fixed, candidates=cascade_pair),
     "recent": Strategy(budget=fixed, window=whole_budget, ranking=Score(oldest, every_step=False)),
     "h2o": Strategy(budget=fixed, frozen_prompt=False),
     "streaming": Strategy(
@@ -335,6 +353,7 @@ class StepPlan(NamedTuple):
     reuse: int  # index into LayerCache.victims of the dead slot to overwrite; -1: use `fresh`
     fresh: int  # the first decode slot that no token has used yet
     evict: int  # tokens that die after this step's attention; 0: an append step
+    pair: int  # place, newest first, of the two tokens of which one dies; 0: the strategy names no pair
 
 
 @dataclass(frozen=True)
@@ -365,7 +384,8 @@ def schedule(policy: Policy, T: int) -> Schedule:
             used += 1
         live += 1
         evict = eviction_count(policy, T, t, live)
-        steps.append(StepPlan(reuse, fresh, evict))
+        pair = policy.strategy.candidates(policy, t) if policy.strategy.candidates else 0
+        steps.append(StepPlan(reuse, fresh, evict, pair))
         if evict:
             live -= evict
             victims, reused = evict, 0

@@ -74,7 +74,9 @@ def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, 
     """most: of the heavy tokens, and of the recent ones."""
     size = st.integers(0, most)
     score, interval = draw(st.sampled_from(list(SCORES))), draw(st.sampled_from([0, 0, 1, 2, 3, 5]))
-    policy = Policy(draw(st.sampled_from(policies)), draw(size), draw(size), score, interval)
+    name = draw(st.sampled_from(policies))
+    interval = 0 if STRATEGIES[name].candidates else interval  # one token dies in each step
+    policy = Policy(name, draw(size), draw(size), score, interval)
     budget = draw(st.integers(1, 14))
     prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)))
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))

@@ -64,6 +64,7 @@ class Oracle:
         self.formats = formats
         self.name, self.heavy, self.recent, self.T, self.interval = setting
         self.head, self.n_heads = head
+        self.sub_caches: list[list[int]] = []  # cascade's, each with its oldest token first
         self.score = score
         self.entries = {p: self.stored(key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
@@ -89,7 +90,10 @@ class Oracle:
             seen = sum(prob[i] for prob in probs) / len(probs)
             self.totals[p] = self.updated(self.totals[p], seen, position - p + 1)
         outputs = [weighted(prob, [self.entries[p][1] for p in live]) for prob in probs]
-        if paper_selects(self.name, self.heavy, self.recent, self.T, t, self.interval):
+        if self.name == "cascade":
+            if (dropped := self.cascade(t, position)) is not None:
+                del self.entries[dropped]
+        elif paper_selects(self.name, self.heavy, self.recent, self.T, t, self.interval):
             for p in self.victims(t):
                 del self.entries[p]
         return outputs
@@ -135,6 +139,27 @@ class Oracle:
         assert frozen + len(older) >= excess
         worth = self.worth(pool)
         return sorted(older, key=lambda p: (worth[p], p))[:excess]
+
+    def cascade(self, t: int, arrival: int) -> int | None:
+        """Put a token into the first sub-cache; what falls out of one goes to the next. Returns the token that is lost.
+
+        The paper's sub-caches have one size. Where the budget is no multiple of it, the last one has what is left.
+        """
+        budget, size = self.heavy + self.recent, max(1, self.recent)
+        if t == 1:
+            self.sub_caches = [[] for _ in range(math.ceil(budget / size))]
+        worth = self.worth([p for p in self.live if p >= self.prompt_len])
+        for i, tokens in enumerate(self.sub_caches):
+            if i and t - 1 > budget and (t - 1) % 2**i:  # it does not let in: its newest token or the arrival is lost
+                if worth[arrival] < worth[tokens[-1]]:
+                    return arrival
+                arrival, tokens[-1] = tokens[-1], arrival
+                return arrival
+            tokens.append(arrival)
+            if len(tokens) <= min(size, budget - i * size):
+                return None
+            arrival = tokens.pop(0)
+        return arrival
 
     def updated(self, total: float, seen: float, age: int) -> float:
         """What a token's record becomes when queries have given it this much attention."""

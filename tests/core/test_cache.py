@@ -165,6 +165,25 @@ def test_the_cache_holds_kv_heads_and_counts_every_byte_that_it_allocates():
     assert full.layers[0].k.codes.shape[2] == 64 + 1000
 
 
+def held_with_equal_scores(policy: Policy, T: int) -> list[str]:
+    """Generated tokens, counted from 0, that are held after each step. All attention is uniform."""
+    config = ModelConfig(9, 8, 8, 1, 1, 1, HEAD_DIM)
+    cache, found = Cache(config, policy, WHOLE_PROMPT, CacheSize(1, [1], T), torch.float32), []
+    cache.begin_prefill([1])
+    nothing = torch.zeros(3, 1, 1, 1, HEAD_DIM)
+    cache.prefill_attention(torch.arange(1))[0](*nothing)
+    for t, (select, reads) in enumerate(cache.graph_keys, 1):
+        cache.step_attention(cache.step_input(t, reads), select)[0](*nothing)
+        found.append("".join(str(p - 1) for p in sorted(cache.layers[0].pos.flatten().tolist()) if p > 0))
+    return found
+
+
+def test_a_cascade_of_two_times_two_tokens():
+    """Token 5 is odd, so buffer 1 does not take 3, which fell out of buffer 0: it meets 2, and the older dies."""
+    held = held_with_equal_scores(Policy("cascade", heavy=2, recent=2, score="raas"), T=9)
+    assert held == ["0", "01", "012", "0123", "1234", "1345", "3456", "3567", "5678"]
+
+
 @pytest.mark.parametrize("score", SCORES)
 def test_the_scores_disagree_where_they_should(score):
     """A token that was once looked at much and is not now: cumulative keeps it, current and others let it go."""

@@ -71,6 +71,16 @@ def test_gkv():
     assert scope.gkv(score, torch.tensor([0.45]), None, None, None).item() == pytest.approx(0.45)
 
 
+def test_cascade_pair():
+    two_buffers, four_buffers = (Policy("cascade", heavy, recent=2, score="cumulative") for heavy in (2, 6))
+    assert says(
+        scope.cascade_pair, "W 2, n 5: buffer 1 does not take the token that falls out of buffer 0, so places 2 and 3"
+    )
+    assert scope.cascade_pair(two_buffers, t=6) == 2
+    assert [scope.cascade_pair(four_buffers, n + 1) for n in (9, 10, 12, 20, 24, 16)] == [2, 4, 6, 6, 8, 8]
+    assert [scope.cascade_pair(four_buffers, n + 1) for n in range(9)] == [8] * 9  # up to n = budget
+
+
 def test_schedule():
     assert says(scope.schedule, "slide, heavy 1, recent 1 (budget 2), T 4.")
     plan = scope.schedule(Policy("slide", heavy=1, recent=1, score="cumulative"), 4)

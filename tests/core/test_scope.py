@@ -9,7 +9,10 @@ from scope import SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linea
 
 sizes = st.integers(0, 24)
 scores, intervals = st.sampled_from(list(SCORES)), st.sampled_from([0, 0, 1, 2, 5, 30])
-policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, scores, intervals)
+every_step = [name for name, strategy in STRATEGIES.items() if strategy.candidates]  # one token dies in each
+others = [name for name in STRATEGIES if name not in every_step]
+policies = st.builds(Policy, st.sampled_from(others), sizes, sizes, scores, intervals)
+policies |= st.builds(Policy, st.sampled_from(every_step), sizes, sizes, scores)
 limited = policies.filter(lambda policy: policy.name != "full")
 lengths = st.integers(1, 80)
 
@@ -129,6 +132,8 @@ def test_impossible_policies_are_refused_by_name(name, heavy, recent, score, com
 def test_an_impossible_interval_is_refused():
     with pytest.raises(ValueError, match=r"interval is -1: it must be 0 \(the policy's own\) or more"):
         Policy("slide", 1, 1, "current", interval=-1)
+    with pytest.raises(ValueError, match="interval is 2: it must be 0 or 1: cascade evicts a token in every step"):
+        Policy("cascade", 1, 1, "current", interval=2)
 
 
 @pytest.mark.parametrize(
