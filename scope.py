@@ -229,6 +229,12 @@ def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) ->
     return kernels.received_attention(q, k, lengths)
 
 
+def mean_received(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+    """ZipVL (arXiv 2410.08584): H2O's sum over the number of queries that see the token; the sum favours early ones."""
+    seen_by = lengths[:, None, None] - kernels.slot_numbers(k)
+    return kernels.received_attention(q, k, lengths) / seen_by.clamp(min=1)  # below 1: padding
+
+
 def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
     """SnapKV (arXiv 2404.14469): the attention from the last queries; each token takes the maximum of 7 neighbours."""
     return max_pool1d(kernels.received_from_last(q, k, lengths, obs_window), 7, stride=1, padding=3)
@@ -256,6 +262,7 @@ class Compressor:
 COMPRESSORS = {
     "full": Compressor(None),
     "h2o": Compressor(received_from_all),
+    "h2o-mean": Compressor(mean_received),
     "snapkv": Compressor(received_from_last),
     "pyramidkv": Compressor(received_from_last, spread=linear),
     "l2norm": Compressor(small_key_norm, spread=all_but_two_layers),

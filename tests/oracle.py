@@ -164,6 +164,8 @@ def prompt_score(compress: str, obs_window: int, head: list[tuple]) -> list[floa
     n = len(head)
     if compress == "h2o":
         return received_attention(queries, keys)
+    if compress == "h2o-mean":  # token p is seen by the queries p to n - 1
+        return [received / (n - p) for p, received in enumerate(received_attention(queries, keys))]
     if compress == "l2norm":
         return [-math.sqrt(sum(x * x for x in key)) for key in keys]
     if compress == "streaming":

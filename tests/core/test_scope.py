@@ -1,11 +1,12 @@
 """Schedules: what each policy does to the decode pool, known before anything is computed."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oracle import paper_budget, paper_interval, paper_selects
-from scope import SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
+from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
 
 sizes = st.integers(0, 24)
 policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, st.sampled_from(list(SCORES)))
@@ -97,6 +98,21 @@ def test_a_linear_spread_falls_with_the_layers_and_keeps_the_mean(budget, most, 
     assert shares == sorted(shares, reverse=True)
     assert all(0 <= share <= most for share in shares)
     assert abs(sum(shares) / n_layers - min(budget, most)) <= 0.5
+
+
+def ranking(compress, attention):
+    """The prompt tokens by a compressor's score, the best first. attention: a row for each query, causal."""
+    n = len(attention)
+    logits = torch.tensor(attention).log().clamp(min=-99) * n**0.5  # kernels divide by the root of head_dim
+    score = COMPRESSORS[compress].score(logits[None, None], torch.eye(n)[None, None], torch.tensor([n]), 1)
+    return score[0, 0].argsort(descending=True).tolist()
+
+
+def test_the_sum_of_attention_favours_early_tokens_and_the_mean_does_not():
+    """1.8, 0.7 and 0.5 are received, from 3, 2 and 1 queries: 0.6, 0.35 and 0.5 from each that sees the token."""
+    attention = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.3, 0.2, 0.5]]
+    assert ranking("h2o", attention) == [0, 1, 2]
+    assert ranking("h2o-mean", attention) == [0, 2, 1]
 
 
 @pytest.mark.parametrize(
