@@ -368,7 +368,7 @@ class Cache(nn.Module):
         """Tokens per KV head that stay of a prompt of this length; the mean of the heads where they compete."""
         if self.prompt.compressor.score is None:
             return length
-        spread = self.prompt.compressor.spread or self.policy.strategy.spread
+        spread = self.prompt.spread or self.policy.strategy.spread
         return spread(self.prompt.budget, layer, self.config.n_layers, length)
 
     def find_graph_keys(self, steps: list, n_slots: int) -> list[tuple[bool, int]]:

@@ -11,6 +11,7 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the 3 s in which torch is imported ends quietly too
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import json
 import logging
 import math
 import re
@@ -60,6 +61,8 @@ class Options:
     compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
     prompt_budget: int = option(2048, "prompt tokens that --compress keeps per KV head")
     obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
+    layer_shares: str = option("", "each layer's share of --prompt-budget, as benchmarks/calibrate.py has measured it: "
+                               "--compress prefixkv and zipvl read it", metavar="FILE.json")  # fmt: skip
     kv_format: str = option("model", "how keys and values are stored: as the model's dtype, or in fewer bits",
                             choices=list(FORMATS))  # fmt: skip
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
@@ -92,7 +95,28 @@ class Options:
         """What scope.py makes of these settings, for generated tokens and for the prompt."""
         policy = Policy(self.policy, self.heavy, self.recent, self.score)
         require_known("kv_format", self.kv_format, FORMATS)
-        return policy, PromptPolicy(self.compress, self.prompt_budget, self.obs_window)
+        shares = read_shares(self.layer_shares).get(self.compress, ())
+        return policy, PromptPolicy(self.compress, self.prompt_budget, self.obs_window, shares)
+
+
+def read_shares(path: str) -> dict[str, tuple]:
+    """Compressor -> each layer's share of the prompt budget, from a file of benchmarks/calibrate.py; "": no file."""
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))["shares"] if path else {}
+        shares = {name: tuple(row) for name, row in table.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = one_line(error) if isinstance(error, OSError) else "it holds no table of shares"
+        raise ValueError(f"layer_shares {path}: {why}: give a file that benchmarks/calibrate.py writes") from None
+    for row in shares.values():
+        numbers = all(type(share) in (int, float) and 0 < share <= len(row) for share in row)
+        holds = numbers and abs(sum(row) - len(row)) <= len(row) / 100
+        require(
+            holds,
+            f"layer_shares {path}",
+            list(row),
+            "numbers above 0 with the mean 1, as benchmarks/calibrate.py writes them",
+        )
+    return shares
 
 
 def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dtype: str = Options.dtype):

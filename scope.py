@@ -7,6 +7,7 @@ beta2 = recent. Three tables hold every method: STRATEGIES, SCORES and COMPRESSO
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, where
@@ -48,16 +49,23 @@ class PromptPolicy:
     compress: str
     budget: int
     obs_window: int
+    shares: tuple[float, ...] = ()  # of the budget, one for each layer, with the mean 1; for `measured` compressors
 
     def __post_init__(self):
         require_known("compressor", self.compress, COMPRESSORS)
         require(self.budget >= 1, "prompt_budget", self.budget, "1 token or more")
         most = f"1 to {self.budget} tokens: it is part of prompt_budget"
         require(1 <= self.obs_window <= self.budget, "obs_window", self.obs_window, most)
+        measure = "the file that benchmarks/calibrate.py writes for this model"
+        require(bool(self.shares) or not self.compressor.measured, "layer_shares", "not given", measure)
 
     @property
     def compressor(self) -> "Compressor":
         return COMPRESSORS[self.compress]
+
+    @property
+    def spread(self) -> Callable | None:
+        return partial(as_measured, self.shares) if self.compressor.measured else self.compressor.spread
 
 
 # ---- budgets: generated tokens per KV head that stay after the selection of step t ------------------------
@@ -183,6 +191,21 @@ def all_but_two_layers(budget: int, layer: int, n_layers: int, most: int) -> int
     return most if layer < 2 else min(budget, most)
 
 
+def as_measured(shares: tuple[float, ...], budget: int, layer: int, n_layers: int, most: int) -> int:
+    """The layer's own share. What a layer cannot use goes to those with smaller shares, so that the total stays.
+
+    Shares 2, 0.5, 0.5 and budget 4: 8, 2, 2. With `most` = 6, layer 0 gets 6, and the other two 3 each.
+    """
+    require(len(shares) == n_layers, "layer_shares", f"for {len(shares)} layers", f"for the {n_layers} of the model")
+    order = sorted(range(n_layers), key=lambda other: -shares[other])
+    left = n_layers * min(budget, most)
+    for rank, other in enumerate(order):
+        tokens = min(most, round(left * shares[other] / sum(shares[i] for i in order[rank:])))
+        if other == layer:
+            return tokens
+        left -= tokens
+
+
 # ---- decode strategies ------------------------------------------------------------------------------------
 
 
@@ -256,6 +279,7 @@ class Compressor:
 
     score: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None  # None: the whole prompt stays
     spread: Callable[[int, int, int, int], int] | None = None  # None: the decode strategy's
+    measured: bool = False  # True: spread as benchmarks/calibrate.py has measured it
     head_floor: float = 1.0  # share of its budget that each head keeps; the heads of a layer compete for the rest
 
 
@@ -268,6 +292,8 @@ COMPRESSORS = {
     "l2norm": Compressor(small_key_norm, spread=all_but_two_layers),
     "streaming": Compressor(first_tokens),
     "adakv": Compressor(received_from_last, head_floor=0.2),
+    "prefixkv": Compressor(received_from_all, measured=True),  # arXiv 2412.03409
+    "zipvl": Compressor(mean_received, measured=True),
 }
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kernels
 from cache import Cache, CacheSize, LayerCache, Slots
 from model import ModelConfig
-from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
+from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budgets
 from scope import COMPRESSORS, FORMATS, SCORES, STRATEGIES, Format, Policy, PromptPolicy
 
 HEAD_DIM = 8  # one word of 4-bit codes
@@ -22,6 +22,12 @@ N_LAYERS = 3
 FEW_CHANNELS = Format(8, group=2), Format(4, group=2, minimum=True)  # several groups in a head as small as this
 FROZEN = [name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt]
 SHARED = [name for name in STRATEGIES if name not in FROZEN]  # prompt and output are one pool
+
+
+# What benchmarks/calibrate.py may measure: a number above 0 for each layer, with the mean 1.
+shares_of_layers = st.tuples(*[st.integers(1, 9)] * N_LAYERS).map(
+    lambda row: tuple(N_LAYERS * x / sum(row) for x in row)
+)
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,8 @@ def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, 
     size = st.integers(0, most)
     policy = Policy(draw(st.sampled_from(policies)), draw(size), draw(size), draw(st.sampled_from(list(SCORES))))
     budget = draw(st.integers(1, 14))
-    prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)))
+    shares = draw(shares_of_layers)
+    prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)), shares)
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
     layer, seed = draw(st.integers(0, N_LAYERS - 1)), draw(st.integers(0, 10**6))
     formats = draw(st.sampled_from([FORMATS["model"], *FORMATS.values(), FEW_CHANNELS]))
@@ -238,8 +245,9 @@ class Play:
         oracles = {}
         for b, length in enumerate(setting.prompts):
             heads = [[self.token(b, h, p) for p in range(length)] for h in range(setting.n_kv_heads)]
-            budget = layer_prompt_budget(prompt.compress, policy.name, prompt.budget, setting.layer, N_LAYERS, length)
-            kept = kept_of_prompt(prompt.compress, budget, prompt.obs_window, heads)
+            names = prompt.compress, policy.name
+            budgets = layer_prompt_budgets(*names, prompt.budget, N_LAYERS, length, prompt.shares)
+            kept = kept_of_prompt(prompt.compress, budgets[setting.layer], prompt.obs_window, heads)
             for h, head in enumerate(heads):
                 numbers = policy.name, *self.decode_budget(), setting.T
                 formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)

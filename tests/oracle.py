@@ -39,11 +39,24 @@ def layer_budgets(mean: int, n_layers: int, most: int, last: float) -> list[int]
     return [top - round((top - bottom) * layer / (n_layers - 1)) for layer in range(n_layers)]
 
 
-def layer_prompt_budget(compress: str, policy: str, budget: int, layer: int, n_layers: int, n: int) -> int:
+def layer_prompt_budgets(compress: str, policy: str, mean: int, n_layers: int, n: int, shares: tuple) -> list[int]:
+    """For each layer, the tokens that stay of a prompt of n; shares: measured ones of the mean, one for each layer."""
+    if compress in ("prefixkv", "zipvl"):
+        return measured_budgets(min(mean, n) * n_layers, shares, n)
     if compress == "l2norm":
-        return n if layer < 2 else budget
+        return [n if layer < 2 else mean for layer in range(n_layers)]
     last = 1 / 20 if compress == "pyramidkv" else 1 / 2 if policy == "pyramidinfer" else 1
-    return layer_budgets(budget, n_layers, n, last)[layer]
+    return layer_budgets(mean, n_layers, n, last)
+
+
+def measured_budgets(total: int, shares: tuple, most: int) -> list[int]:
+    """Deal out the total in proportion to the shares, the largest first, and deal out anew what exceeds `most`."""
+    if not shares:
+        return []
+    largest = shares.index(max(shares))
+    tokens = min(most, round(total * shares[largest] / sum(sorted(shares, reverse=True))))
+    others = measured_budgets(total - tokens, shares[:largest] + shares[largest + 1 :], most)
+    return [*others[:largest], tokens, *others[largest:]]
 
 
 def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_layers: int) -> tuple[int, int]:
@@ -162,9 +175,9 @@ def kept_of_prompt(compress: str, budget: int, obs_window: int, heads: list[list
 def prompt_score(compress: str, obs_window: int, head: list[tuple]) -> list[float]:
     queries, keys = [q for q, _, _ in head], [k for _, k, _ in head]
     n = len(head)
-    if compress == "h2o":
+    if compress in ("h2o", "prefixkv"):
         return received_attention(queries, keys)
-    if compress == "h2o-mean":  # token p is seen by the queries p to n - 1
+    if compress in ("h2o-mean", "zipvl"):  # token p is seen by the queries p to n - 1
         return [received / (n - p) for p, received in enumerate(received_attention(queries, keys))]
     if compress == "l2norm":
         return [-math.sqrt(sum(x * x for x in key)) for key in keys]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from oracle import paper_budget, paper_interval, paper_selects
-from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
+from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, PromptPolicy, as_measured, gently_linear, linear, schedule
 
 sizes = st.integers(0, 24)
 policies = st.builds(Policy, st.sampled_from(list(STRATEGIES)), sizes, sizes, st.sampled_from(list(SCORES)))
@@ -100,6 +100,27 @@ def test_a_linear_spread_falls_with_the_layers_and_keeps_the_mean(budget, most, 
     assert abs(sum(shares) / n_layers - min(budget, most)) <= 0.5
 
 
+@given(st.integers(1, 200), st.integers(1, 200), st.lists(st.integers(1, 99), min_size=1, max_size=12))
+def test_measured_shares_keep_the_total_and_give_more_to_those_that_need_more(budget, most, weights):
+    shares = tuple(len(weights) * weight / sum(weights) for weight in weights)
+    found = [as_measured(shares, budget, layer, len(shares), most) for layer in range(len(shares))]
+    assert sum(found) == len(found) * min(budget, most)
+    assert all(0 <= tokens <= most for tokens in found)
+    for one, tokens in zip(shares, found, strict=True):
+        assert all(tokens >= others - 1 for other, others in zip(shares, found, strict=True) if one >= other)
+
+
+def test_equal_layers_share_evenly_and_a_layer_that_is_full_leaves_its_rest_to_the_others():
+    assert [as_measured((1.0,) * 5, 7, layer, 5, 100) for layer in range(5)] == [7] * 5
+    assert [as_measured((2, 0.5, 0.5), 4, layer, 3, 100) for layer in range(3)] == [8, 2, 2]
+    assert [as_measured((2, 0.5, 0.5), 4, layer, 3, 6) for layer in range(3)] == [6, 3, 3]
+
+
+def test_shares_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="layer_shares is for 2 layers: it must be for the 3 of the model"):
+        as_measured((1.0, 1.0), 4, 0, 3, 9)
+
+
 def ranking(compress, attention):
     """The prompt tokens by a compressor's score, the best first. attention: a row for each query, causal."""
     n = len(attention)
@@ -136,6 +157,7 @@ def test_impossible_policies_are_refused_by_name(name, heavy, recent, score, com
         ("snapkv", 0, 1, "prompt_budget is 0: it must be 1 token or more"),
         ("snapkv", 4, 0, "obs_window is 0: it must be 1 to 4 tokens"),
         ("snapkv", 4, 5, "obs_window is 5: it must be 1 to 4 tokens"),
+        ("prefixkv", 4, 2, "layer_shares is not given: it must be the file that benchmarks/calibrate.py writes"),
     ],
 )
 def test_impossible_prompt_policies_are_refused_by_name(compress, budget, obs_window, complaint):
