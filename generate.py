@@ -17,6 +17,7 @@ import math
 import re
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -63,6 +64,8 @@ class Options:
     obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
     layer_shares: str = option("", "each layer's share of --prompt-budget, as benchmarks/calibrate.py has measured it: "
                                "--compress prefixkv and zipvl read it", metavar="FILE.json")  # fmt: skip
+    question_after: str = option("", "the question is what follows the last such text of a prompt: it chooses and "
+                                 "stays, in place of --obs-window", metavar="TEXT")  # fmt: skip
     kv_format: str = option("model", "how keys and values are stored: as the model's dtype, or in fewer bits",
                             choices=list(FORMATS))  # fmt: skip
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
@@ -179,6 +182,7 @@ class Request:
     index: int
     ids: list[int]
     max_new_tokens: int
+    question: int = 0  # the last tokens, which choose what stays of the others; 0: obs_window of them
 
 
 def no_callback(*arguments) -> None:
@@ -186,11 +190,20 @@ def no_callback(*arguments) -> None:
 
 
 def generate(
-    model: Llama, tokenizer, prompts: list, policy=Options.policy, *, on_text=None, on_step=None, **settings
+    model: Llama,
+    tokenizer,
+    prompts: list,
+    policy=Options.policy,
+    *,
+    questions: list[int] | None = None,
+    on_text=None,
+    on_step=None,
+    **settings,
 ) -> Iterator[Result]:
     """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
 
-    policy: a name, with more fields of Options in `settings`, or Options. on_text(index, text) gets text as it comes,
+    policy: a name, with more fields of Options in `settings`, or Options. questions: how many tokens at the end of each
+    prompt are its question (`question_after` finds them in a text). on_text(index, text) gets text as it comes,
     on_step(cache) the cache after prefill and after every step. The tokenizer needs `encode`, `decode`, `stream` and
     `stop_ids`. Raises ValueError, before anything is computed, for a prompt or a setting that cannot be run.
     """
@@ -198,8 +211,9 @@ def generate(
     require(not isinstance(prompts, str), "prompts", repr(prompts[:40]), "a list of prompts: put the text in brackets")
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     check_run(model.config, ids, options)
+    rows = enumerate(zip(ids, find_questions(tokenizer, ids, options, questions), strict=True))
     engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
-    requests = [Request(i, prompt, options.max_new_tokens) for i, prompt in enumerate(ids)]
+    requests = [Request(i, prompt, options.max_new_tokens, question) for i, (prompt, question) in rows]
     return run(engine, tokenizer, requests, on_text or no_callback, on_step or no_callback)
 
 
@@ -231,6 +245,30 @@ def check_ids(config: ModelConfig, name: str, ids: list[int], before: int, optio
         raise ValueError(f"{more}: lower --max-new-tokens or shorten the prompt")
 
 
+def find_questions(tokenizer, prompts: list[list[int]], options: Options, given=None) -> list[int]:
+    """Tokens of each prompt's question, its last ones: as given, or what follows --question-after; 0: obs_window."""
+    after = options.question_after
+    found = given or [question_len(tokenizer, f"prompt {i}", ids, after) for i, ids in enumerate(prompts)]
+    require(len(found) == len(prompts), "questions", found, f"{len(prompts)} numbers, one for each prompt")
+    for i, (n, ids) in enumerate(zip(found, prompts, strict=True)):
+        most = min(len(ids), options.prompt_budget)
+        wanted = f"0 to {most}: all of them stay, so they are part of prompt_budget"
+        require(type(n) is int and 0 <= n <= most, f"the number of tokens of question {i}", n, wanted)
+    return found
+
+
+def question_len(tokenizer, name: str, ids: list[int], after: str) -> int:
+    """Tokens that end behind the last `after` in a prompt. "": 0."""
+    if not after:
+        return 0
+    text = tokenizer.decode(ids)
+    end = text.rfind(after) + len(after)
+    before = bisect_right(range(len(ids) + 1), end, key=lambda n: len(tokenizer.decode(ids[:n]))) - 1  # tokens
+    if after not in text or before == len(ids):
+        raise ValueError(f"{name} has no question after {after!r}: put this text before it, or change --question-after")
+    return len(ids) - before
+
+
 def size_of(prompts: list[list[int]], options: Options) -> CacheSize:
     """The size of the one cache that all batches of a run share."""
     lengths = sorted({len(ids) for ids in prompts})
@@ -245,7 +283,8 @@ def run(engine: "Engine", tokenizer, requests: list[Request], on_text=no_callbac
         rows = [Row(request, tokenizer.stream(), engine.options.stop) for request in batch]
         interrupt = None
         try:
-            first_token = engine.prefill([request.ids for request in batch], [request.index for request in batch])
+            ids, indexes = [request.ids for request in batch], [request.index for request in batch]
+            first_token = engine.prefill(ids, indexes, [request.question for request in batch])
             on_step(engine.cache)
             decode_rows(engine, rows, first_token, READ_EVERY[engine.device.type], on_text, on_step)
         except KeyboardInterrupt as error:  # rows that are complete are not lost
@@ -464,15 +503,17 @@ class Engine:
         self.steps = 0
 
     @torch.inference_mode()
-    def prefill(self, prompts: list[list[int]], indexes: list[int]) -> Tensor:
+    def prefill(self, prompts: list[list[int]], indexes: list[int], questions: list[int] | None = None) -> Tensor:
         """Read the prompts, those of one width together; returns each row's first token [B].
 
-        A batch that is shorter than the cache is filled up with copies of its last row.
+        questions: tokens of each prompt's question, as in Request. A batch that is shorter than the cache is filled up
+        with copies of its last row.
         """
         started = time.perf_counter()
         missing = self.size.batch - len(prompts)
         self.reset(indexes + indexes[-1:] * missing)
-        self.cache.begin_prefill([len(ids) for ids in prompts + prompts[-1:] * missing])
+        lengths, questions = [len(ids) for ids in prompts], questions or [0] * len(prompts)
+        self.cache.begin_prefill(lengths + lengths[-1:] * missing, questions + questions[-1:] * missing)
         groups: dict[int, list[int]] = {}  # padded width -> rows
         for row, ids in enumerate(prompts):
             groups.setdefault(padded_width(len(ids)), []).append(row)
@@ -633,12 +674,14 @@ class Conversation:
         self.tokenizer = tokenizer
         self.options = replace(options, max_context=slots)
         check_run(model.config, [ids], self.options)
+        questions = find_questions(tokenizer, [ids], self.options)
         self.engine = Engine(model, self.options, tokenizer.stop_ids, size_of([ids], self.options))
         self.snapshots: list[Snapshot] = []
         self.turn = 0
         self.read_last = ids  # what was read before the next answer
         self.unread: list[int] = []  # the last token of an answer, which is read with the next turn
-        self.opening = self.engine.prefill([ids], [0]), self.engine.stopped  # the token that an answer begins with
+        first_token = self.engine.prefill([ids], [0], questions)
+        self.opening = first_token, self.engine.stopped  # what an answer begins with
         self.end = self.engine.cache.position  # of the next token
 
     def read(self, turn: str | list[int]) -> None:

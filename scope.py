@@ -244,31 +244,36 @@ def for_layer(policy: Policy, layer: int, n_layers: int) -> Policy:
     return replace(policy, heavy=share - recent, recent=recent)
 
 
-# ---- prompt compressors: (q, k, lengths, obs_window) -> score [B, n_kv_heads, S]; the highest stay ---------
+# ---- prompt compressors: (q, k, lengths, window) -> score [B, n_kv_heads, S]; the highest stay ---------
 
 
-def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """H2O (arXiv 2306.14048): the sum of the attention received from all prompt queries, causal."""
     return kernels.received_attention(q, k, lengths)
 
 
-def mean_received(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def mean_received(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """ZipVL (arXiv 2410.08584): H2O's sum over the number of queries that see the token; the sum favours early ones."""
     seen_by = lengths[:, None, None] - kernels.slot_numbers(k)
     return kernels.received_attention(q, k, lengths) / seen_by.clamp(min=1)  # below 1: padding
 
 
-def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """SnapKV (arXiv 2404.14469): the attention from the last queries; each token takes the maximum of 7 neighbours."""
-    return max_pool1d(kernels.received_from_last(q, k, lengths, obs_window), 7, stride=1, padding=3)
+    return max_pool1d(kernels.received_from_last(q, k, lengths, window), 7, stride=1, padding=3)
 
 
-def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def received_from_question(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
+    """FINCH (TACL 2024, arXiv 2408.00167): the attention from the question, which is the window; no neighbours."""
+    return kernels.received_from_last(q, k, lengths, window)
+
+
+def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """Keys of low L2 norm score highest: in large pretrained models they attract attention (arXiv 2406.11430)."""
     return -k.float().norm(dim=-1)
 
 
-def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """StreamingLLM (arXiv 2309.17453): the first tokens are attention sinks, so they score highest."""
     return -kernels.slot_numbers(k).float()
 
@@ -277,7 +282,7 @@ def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tens
 class Compressor:
     """One row of the compressor table."""
 
-    score: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None  # None: the whole prompt stays
+    score: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None  # None: the whole prompt stays
     spread: Callable[[int, int, int, int], int] | None = None  # None: the decode strategy's
     measured: bool = False  # True: spread as benchmarks/calibrate.py has measured it
     head_floor: float = 1.0  # share of its budget that each head keeps; the heads of a layer compete for the rest
@@ -294,6 +299,7 @@ COMPRESSORS = {
     "adakv": Compressor(received_from_last, head_floor=0.2),
     "prefixkv": Compressor(received_from_all, measured=True),  # arXiv 2412.03409
     "zipvl": Compressor(mean_received, measured=True),
+    "finch": Compressor(received_from_question, spread=uniform),  # a layer with less could lose some of the question
 }
 
 

@@ -15,7 +15,7 @@ from cli.output import Printer, RowFile, check_outputs
 from cli.program import Parser, note, run_program
 from cli.prompts import Prompt, encode, read_prompts, read_turns, with_system
 from cli.trace import Trace
-from generate import Conversation, Engine, Options, Request, Result, Stats, check_run, place_of, size_of
+from generate import Conversation, Engine, Options, Request, Result, Stats, check_run, find_questions, place_of, size_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +78,8 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     model, tokenizer = generate.load(options.checkpoint, options.device, options.dtype)
     ids = [encode(prompt, tokenizer, arguments.chat, arguments.system) for prompt in prompts]
     check_run(model.config, ids, options)
-    requests = [request_of(i, prompt, ids[i], options) for i, prompt in enumerate(prompts)]
+    questions = find_questions(tokenizer, ids, options)
+    requests = [request_of(i, prompt, ids[i], questions[i], options) for i, prompt in enumerate(prompts)]
     trace = Trace(arguments.trace, options, model, ids) if arguments.trace else None
     identity = identity_of(options, model)
     with output:
@@ -106,12 +107,12 @@ def inputs_of(arguments: argparse.Namespace) -> dict[str, str | None]:
     return {"--checkpoint": place_of(arguments.checkpoint), "--layer-shares": arguments.layer_shares or None}
 
 
-def request_of(index: int, prompt: Prompt, ids: list[int], options: Options) -> Request:
+def request_of(index: int, prompt: Prompt, ids: list[int], question: int, options: Options) -> Request:
     most = prompt.max_new_tokens or options.max_new_tokens
     if most > options.max_new_tokens:
         least = f"--max-new-tokens is {options.max_new_tokens} and sizes the cache: raise it to {most}"
         raise ValueError(f"prompt {index} wants max_new_tokens {most}, {least}")
-    return Request(index, ids, most)
+    return Request(index, ids, most, question)
 
 
 NO_MATTER = {"device", "compile", "batch_size", "max_context"}  # fields of Options that change no token in float32

@@ -53,10 +53,12 @@ class Setting:
     layer: int  # the one that is watched
     seed: int
     formats: tuple[Format, Format] = FORMATS["model"]
+    questions: tuple[int, ...] = ()  # tokens of each prompt's question, 0: it has none; (): no prompt has one
 
     def alone(self, row: int) -> "Setting":
         """The same with one of the prompts only."""
-        return replace(self, prompts=[self.prompts[row]], seed=self.seed + row)
+        questions = self.questions[row : row + 1]
+        return replace(self, prompts=[self.prompts[row]], questions=questions, seed=self.seed + row)
 
 
 @st.composite
@@ -86,7 +88,8 @@ def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, 
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
     layer, seed = draw(st.integers(0, N_LAYERS - 1)), draw(st.integers(0, 10**6))
     formats = draw(st.sampled_from([FORMATS["model"], *FORMATS.values(), FEW_CHANNELS]))
-    return Setting(policy, prompt, T, prompts, steps, turns, n_kv_heads, group, layer, seed, formats)
+    questions = tuple(draw(st.integers(0, min(length, budget))) for length in prompts)
+    return Setting(policy, prompt, T, prompts, steps, turns, n_kv_heads, group, layer, seed, formats, questions)
 
 
 class Play:
@@ -116,7 +119,7 @@ class Play:
         tokens = [self.draw(b, length) for b, length in enumerate(lengths)]
         filler = torch.full((max(lengths), *tokens[0].shape[1:]), 9.0)  # right of a shorter prompt; nobody may see it
         block = torch.stack([torch.cat((row, filler[len(row) :])) for row in tokens])
-        self.cache.begin_prefill(lengths)
+        self.cache.begin_prefill(lengths, self.setting.questions)
         output = self.attend(self.cache.prefill_attention(torch.arange(len(lengths))), block)
         self.cache.end_prefill(len(lengths))
         if self.with_oracle:
@@ -247,7 +250,8 @@ class Play:
             heads = [[self.token(b, h, p) for p in range(length)] for h in range(setting.n_kv_heads)]
             names = prompt.compress, policy.name
             budgets = layer_prompt_budgets(*names, prompt.budget, N_LAYERS, length, prompt.shares)
-            kept = kept_of_prompt(prompt.compress, budgets[setting.layer], prompt.obs_window, heads)
+            question = setting.questions[b] if setting.questions else 0
+            kept = kept_of_prompt(prompt.compress, budgets[setting.layer], prompt.obs_window, question, heads)
             for h, head in enumerate(heads):
                 numbers = policy.name, *self.decode_budget(), setting.T
                 formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)

@@ -45,7 +45,8 @@ def layer_prompt_budgets(compress: str, policy: str, mean: int, n_layers: int, n
         return measured_budgets(min(mean, n) * n_layers, shares, n)
     if compress == "l2norm":
         return [n if layer < 2 else mean for layer in range(n_layers)]
-    last = 1 / 20 if compress == "pyramidkv" else 1 / 2 if policy == "pyramidinfer" else 1
+    halves = policy == "pyramidinfer" and compress != "finch"
+    last = 1 / 20 if compress == "pyramidkv" else 1 / 2 if halves else 1
     return layer_budgets(mean, n_layers, n, last)
 
 
@@ -150,29 +151,32 @@ class Oracle:
         return sorted(older, key=lambda p: (self.totals[p], p))[:excess]
 
 
-def kept_of_prompt(compress: str, budget: int, obs_window: int, heads: list[list[tuple]]) -> list[list[int]]:
-    """Positions that stay for each KV head of a row; heads hold (queries of the group, key, value) per token."""
+def kept_of_prompt(
+    compress: str, budget: int, obs_window: int, question: int, heads: list[list[tuple]]
+) -> list[list[int]]:
+    """Positions that stay for each KV head of a row; heads hold (queries of the group, key, value) per token.
+
+    question: tokens at the end that choose and stay, in place of obs_window; 0: there are none.
+    """
     n = len(heads[0])
     if compress == "full" or n <= budget:
         return [list(range(n)) for _ in heads]
-    obs_window = min(obs_window, budget)
-    newest = list(range(n - obs_window, n))
-    ranked = []
-    for head in heads:
-        score = prompt_score(compress, obs_window, head)
-        ranked.append(sorted(range(n - obs_window), key=lambda p, score=score: (-score[p], -p)))
-    others = budget - obs_window
-    floor = int(others * 0.2) if compress == "adakv" else others
+    window = question or obs_window
+    scores = [prompt_score(compress, window, head) for head in heads]
+    for score in scores:
+        score[max(0, n - window) :] = [math.inf] * min(n, window)
+    ranked = [sorted(range(n), key=lambda p, score=score: (-score[p], -p)) for score in scores]
+    others = budget - min(obs_window, budget)
+    floor = budget - others + int(others * 0.2) if compress == "adakv" else budget
     kept = [order[:floor] for order in ranked]
-    best = {h: prompt_score(compress, obs_window, head) for h, head in enumerate(heads)}
     rest = [(h, p) for h, order in enumerate(ranked) for p in order[floor:]]
-    rest.sort(key=lambda hp: (-best[hp[0]][hp[1]], -hp[1]))
-    for h, p in rest[: len(heads) * (others - floor)]:
+    rest.sort(key=lambda hp: (-scores[hp[0]][hp[1]], -hp[1]))
+    for h, p in rest[: len(heads) * (budget - floor)]:
         kept[h].append(p)
-    return [sorted(positions + newest) for positions in kept]
+    return [sorted(positions) for positions in kept]
 
 
-def prompt_score(compress: str, obs_window: int, head: list[tuple]) -> list[float]:
+def prompt_score(compress: str, window: int, head: list[tuple]) -> list[float]:
     queries, keys = [q for q, _, _ in head], [k for _, k, _ in head]
     n = len(head)
     if compress in ("h2o", "prefixkv"):
@@ -183,7 +187,9 @@ def prompt_score(compress: str, obs_window: int, head: list[tuple]) -> list[floa
         return [-math.sqrt(sum(x * x for x in key)) for key in keys]
     if compress == "streaming":
         return [-p for p in range(n)]
-    received = received_attention(queries, keys, first=n - obs_window)
+    received = received_attention(queries, keys, first=n - window)
+    if compress == "finch":
+        return received
     return [max(received[max(0, p - 3) : p + 4]) for p in range(n)]
 
 

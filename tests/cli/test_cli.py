@@ -53,6 +53,7 @@ EFFECTS = {  # field of Options -> flags without it, flags with it, where the di
         "--compress prefixkv --prompt-budget 4 --obs-window 1 --layer-shares STEEP",
         token_ids,
     ),
+    "question_after": (f"{SNAPKV} --obs-window 1", f"{SNAPKV} --obs-window 1 --question-after on", token_ids),
     "kv_format": ("", "--kv-format int4", stat("kv_bytes")),
     "max_new_tokens": ("", "--max-new-tokens 20", lambda run: [len(ids) for ids in run.ids]),
     "temperature": ("", HOT, token_ids),
@@ -159,9 +160,9 @@ def test_rows_are_in_input_order_whatever_the_batch_size(run, tmp_path):
 def test_a_row_is_in_the_file_before_the_next_batch_begins(run, tmp_path, monkeypatch):
     file, lines, prefill = write_lines(tmp_path / "five.jsonl", FIVE), [], generate.Engine.prefill
 
-    def count_lines_and_prefill(engine, prompts, indexes):
+    def count_lines_and_prefill(engine, *batch):
         lines.append((tmp_path / "rows.jsonl").read_bytes().count(b"\n"))
-        return prefill(engine, prompts, indexes)
+        return prefill(engine, *batch)
 
     monkeypatch.setattr(generate.Engine, "prefill", count_lines_and_prefill)
     run(f"{' '.join(SHORT)} --batch-size 2", "--prompt-file", file)
@@ -314,6 +315,9 @@ IMPOSSIBLE = {
     "--compress zipvl": ["layer_shares", "not given", "benchmarks/calibrate.py"],
     "--compress zipvl --layer-shares missing.json": ["layer_shares missing.json", "No such file", "calibrate.py"],
     "--compress zipvl --layer-shares one.txt": ["layer_shares one.txt", "no table of shares", "calibrate.py"],
+    "--question-after dog": ["prompt 0 has no question after 'dog'", "--question-after"],
+    "--question-after cat": ["prompt 0 has no question after 'cat'", "--question-after"],
+    "--question-after h --prompt-budget 1 --obs-window 1": ["question 0 is 2", "0 to 1", "prompt_budget"],
     "--policy best": ["--policy", "best", "discontinuous"],
     "--score best": ["--score", "best", "cumulative"],
     "--compress zip": ["--compress", "zip", "snapkv"],

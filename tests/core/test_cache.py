@@ -32,6 +32,17 @@ def test_a_window_counts_tokens_where_a_compressed_prompt_has_gaps(policy, compr
             pass
 
 
+@given(settings_of_a_run(policies=("slide", "pyramidinfer"), compressors=("finch",)))
+@settings(max_examples=50)
+def test_the_question_always_stays(setting):
+    """Also beside a policy that gives some layers half of its budget."""
+    play = Play(setting)
+    play.prefill()
+    for b, h in play.pairs:
+        end, question = setting.prompts[b], setting.questions[b] or setting.prompt.obs_window
+        assert set(range(max(0, end - question), end)) <= set(play.live(b, h))
+
+
 @given(settings_of_a_run(policies=FROZEN))
 def test_prompt_slots_never_change_after_prefill(setting):
     play = Play(setting)

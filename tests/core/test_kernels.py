@@ -66,8 +66,18 @@ def test_highest_keeps_each_heads_floor_and_then_the_best_of_the_row(data):
 def test_attention_from_all_queries_is_attention_from_the_last_n_of_n():
     q, k, lengths = torch.randn(2, 6, 9, 8), torch.randn(2, 3, 9, 8), torch.tensor([9, 5])
     received = kernels.received_attention(q, k, lengths)
-    torch.testing.assert_close(kernels.received_from_last(q, k, lengths, 9), received)
+    torch.testing.assert_close(kernels.received_from_last(q, k, lengths, torch.tensor([9, 9])), received)
     torch.testing.assert_close(received.sum(-1), lengths[:, None].float().expand(2, 3))
+
+
+def test_each_row_asks_with_its_own_number_of_last_queries():
+    q, k, lengths, last = torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.tensor([9, 7, 2]), [2, 5, 4]
+    received = kernels.received_from_last(q, k, lengths, torch.tensor(last))
+    torch.testing.assert_close(received.sum(-1), torch.tensor([2.0, 5, 2])[:, None].expand(3, 2))
+    for row, n in enumerate(last):
+        one = slice(row, row + 1)
+        alone = kernels.received_from_last(q[one], k[one], lengths[one], torch.tensor([n]))
+        torch.testing.assert_close(received[one], alone)
 
 
 def test_write_slots_writes_only_the_named_slot_of_each_head():
@@ -138,7 +148,8 @@ def test_the_size_of_a_block_of_scores_changes_nothing(monkeypatch, block_scores
 
     def compute():
         received = kernels.received_attention(q, k, torch.tensor(lengths))
-        return received, *kernels.attend_block(q, k, v, pos, query_positions)
+        from_last = kernels.received_from_last(q, k, torch.tensor(lengths), torch.tensor([9, 4]))
+        return received, from_last, *kernels.attend_block(q, k, v, pos, query_positions)
 
     in_one_block = compute()
     monkeypatch.setattr(kernels, "BLOCK_SCORES", block_scores)

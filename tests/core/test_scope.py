@@ -121,11 +121,13 @@ def test_shares_of_another_model_are_refused():
         as_measured((1.0, 1.0), 4, 0, 3, 9)
 
 
-def ranking(compress, attention):
+def ranking(compress, attention, window=1):
     """The prompt tokens by a compressor's score, the best first. attention: a row for each query, causal."""
     n = len(attention)
     logits = torch.tensor(attention).log().clamp(min=-99) * n**0.5  # kernels divide by the root of head_dim
-    score = COMPRESSORS[compress].score(logits[None, None], torch.eye(n)[None, None], torch.tensor([n]), 1)
+    score = COMPRESSORS[compress].score(
+        logits[None, None], torch.eye(n)[None, None], torch.tensor([n]), torch.tensor([window])
+    )
     return score[0, 0].argsort(descending=True).tolist()
 
 
@@ -134,6 +136,13 @@ def test_the_sum_of_attention_favours_early_tokens_and_the_mean_does_not():
     attention = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.3, 0.2, 0.5]]
     assert ranking("h2o", attention) == [0, 1, 2]
     assert ranking("h2o-mean", attention) == [0, 2, 1]
+
+
+def test_only_the_question_chooses_in_finch_and_without_neighbours():
+    attention = [[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.2, 0.6, 0.2, 0], [0.3, 0.4, 0.1, 0.2]]
+    assert ranking("finch", attention, window=1) == [1, 0, 3, 2]
+    assert ranking("finch", attention, window=2) == [1, 0, 2, 3]
+    assert ranking("finch", attention, window=4) == ranking("h2o", attention) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
