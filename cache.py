@@ -131,6 +131,8 @@ class LayerCache(nn.Module):
         if kept is not None:
             pos = self.choose_prompt(lengths, window, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
+        if prompt.key_channels < 1:
+            k = kernels.zero_weak_channels(q, k, pos, lengths, window, prompt.key_channels)
         n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
         self.k.put(k[:, :, :n], 0, rows)
         self.v.put(v[:, :, :n], 0, rows)

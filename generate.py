@@ -66,6 +66,8 @@ class Options:
                                "--compress prefixkv and zipvl read it", metavar="FILE.json")  # fmt: skip
     question_after: str = option("", "the question is what follows the last such text of a prompt: it chooses and "
                                  "stays, in place of --obs-window", metavar="TEXT")  # fmt: skip
+    key_channels: float = option(1.0, "a study that saves no memory: prompt keys before --obs-window keep this share "
+                                 "of their channels, and the others are set to 0")  # fmt: skip
     kv_format: str = option("model", "how keys and values are stored: as the model's dtype, or in fewer bits",
                             choices=list(FORMATS))  # fmt: skip
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
@@ -99,7 +101,8 @@ class Options:
         policy = Policy(self.policy, self.heavy, self.recent, self.score)
         require_known("kv_format", self.kv_format, FORMATS)
         shares = read_shares(self.layer_shares).get(self.compress, ())
-        return policy, PromptPolicy(self.compress, self.prompt_budget, self.obs_window, shares)
+        prompt = PromptPolicy(self.compress, self.prompt_budget, self.obs_window, shares, self.key_channels)
+        return policy, prompt
 
 
 def read_shares(path: str) -> dict[str, tuple]:

@@ -61,6 +61,21 @@ def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, last: Tensor) -> T
     return received
 
 
+def zero_weak_channels(q: Tensor, k: Tensor, pos: Tensor, lengths: Tensor, window: Tensor, share: float) -> Tensor:
+    """ThinK (arXiv 2407.21018): the keys before each row's window with their weak channels set to 0.
+
+    q [B, H * G, S, head_dim]; k [B, H, n, head_dim] at the positions pos [B, H, n] (-1: none); lengths, window [B];
+    share: of the channels that stay. A channel is as strong as the product of its sums of squares, over the window's
+    queries and over the keys. Queries (3, 0, 1), (4, 0, 1) and sums of keys (0.1, 9, 5): strengths 2.5, 0, 10.
+    """
+    start, end = (lengths - window.to(k.device))[:, None, None], lengths[:, None, None]
+    asks = (slot_numbers(q) >= start) & (slot_numbers(q) < end)
+    of_queries = (q.float() * asks[..., None]).square().sum(2).unflatten(1, (k.shape[1], -1)).sum(2)  # [B, H, head_dim]
+    of_keys = (k.float() * (pos >= 0)[..., None]).square().sum(2)
+    weak = ranks(of_queries * of_keys) >= max(1, round(share * k.shape[3]))
+    return k.masked_fill(weak[:, :, None] & (pos < start)[..., None], 0.0)
+
+
 def attend_block(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor]:
     """Attention of many queries over slots in any order. A query sees the live tokens that are not newer than itself.
 

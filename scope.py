@@ -50,12 +50,14 @@ class PromptPolicy:
     budget: int
     obs_window: int
     shares: tuple[float, ...] = ()  # of the budget, one for each layer, with the mean 1; for `measured` compressors
+    key_channels: float = 1.0  # share of its channels that a prompt key keeps; the others are 0, which saves no byte
 
     def __post_init__(self):
         require_known("compressor", self.compress, COMPRESSORS)
         require(self.budget >= 1, "prompt_budget", self.budget, "1 token or more")
         most = f"1 to {self.budget} tokens: it is part of prompt_budget"
         require(1 <= self.obs_window <= self.budget, "obs_window", self.obs_window, most)
+        require(0 < self.key_channels <= 1, "key_channels", self.key_channels, "above 0 and at most 1")
         measure = "the file that benchmarks/calibrate.py writes for this model"
         require(bool(self.shares) or not self.compressor.measured, "layer_shares", "not given", measure)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kernels
 from cache import Cache, CacheSize, LayerCache, Slots
 from model import ModelConfig
-from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budgets
+from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budgets, thin_keys
 from scope import COMPRESSORS, FORMATS, SCORES, STRATEGIES, Format, Policy, PromptPolicy
 
 HEAD_DIM = 8  # one word of 4-bit codes
@@ -255,7 +255,8 @@ class Play:
             for h, head in enumerate(heads):
                 numbers = policy.name, *self.decode_budget(), setting.T
                 formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)
-                oracles[b, h] = Oracle(numbers, policy.score, head, kept[h], formats)
+                keys = thin_keys(head, kept[h], question or prompt.obs_window, prompt.key_channels)
+                oracles[b, h] = Oracle(numbers, policy.score, head, kept[h], formats, keys)
         return oracles
 
     def compare_positions(self) -> None:

@@ -68,15 +68,17 @@ def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_laye
 
 
 class Oracle:
-    def __init__(self, setting: tuple, score: str, prompt: list[tuple], kept: list[int], formats: tuple):
+    def __init__(
+        self, setting: tuple, score: str, prompt: list[tuple], kept: list[int], formats: tuple, keys: list[list[float]]
+    ):
         """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it.
 
-        formats: (bits, group, minimum) of keys and of values.
+        formats: (bits, group, minimum) of keys and of values. keys: of the prompt, as they are stored.
         """
         self.formats = formats
         self.name, self.heavy, self.recent, self.T = setting
         self.score = score
-        self.entries = {p: self.stored(key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
+        self.entries = {p: self.stored(keys[p], value) for p, (_, _, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         newest = self.prompt_len - 1  # the only prompt token that just one query has seen, its own
@@ -191,6 +193,19 @@ def prompt_score(compress: str, window: int, head: list[tuple]) -> list[float]:
     if compress == "finch":
         return received
     return [max(received[max(0, p - 3) : p + 4]) for p in range(n)]
+
+
+def thin_keys(head: list[tuple], kept: list[int], window: int, share: float) -> list[list[float]]:
+    """The keys of a prompt. Those before the window have 0 where its queries times the keys that stay are weak."""
+    asking = [query for queries, _, _ in head[max(0, len(head) - window) :] for query in queries]
+    strength = [
+        sum(query[i] ** 2 for query in asking) * sum(head[p][1][i] ** 2 for p in kept) for i in range(len(head[0][1]))
+    ]
+    strong = sorted(range(len(strength)), key=lambda i: -strength[i])[: max(1, round(share * len(strength)))]
+    return [
+        [x if i in strong or p >= len(head) - window else 0.0 for i, x in enumerate(key)]
+        for p, (_, key, _) in enumerate(head)
+    ]
 
 
 def received_attention(queries: list, keys: list, first: int = 0) -> list[float]:

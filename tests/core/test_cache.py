@@ -1,8 +1,11 @@
 """One answer: the cache beside the naive oracle, and what must hold at every step for every policy and score."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cache import Cache, CacheSize
 from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, as_stored, bits, settings_of_a_run
@@ -17,6 +20,14 @@ NOT_STREAMING = [name for name in STRATEGIES if name != "streaming"]  # whose wi
 @settings(max_examples=150)
 def test_kept_positions_and_outputs_equal_the_naive_oracle(setting):
     for _ in Play(setting, with_oracle=True).run():
+        pass
+
+
+@given(settings_of_a_run(), st.sampled_from([0.01, 0.3, 0.6]))
+@settings(max_examples=50)
+def test_prompt_keys_that_lost_their_weak_channels_are_attended_to_as_in_the_oracle(setting, share):
+    thin = replace(setting, prompt=replace(setting.prompt, key_channels=share))
+    for _ in Play(thin, with_oracle=True).run():
         pass
 
 

@@ -80,6 +80,25 @@ def test_each_row_asks_with_its_own_number_of_last_queries():
         torch.testing.assert_close(received[one], alone)
 
 
+def test_a_channel_that_no_query_of_the_window_uses_goes_first_and_changes_no_logit():
+    """Queries (3, 0, 1) and (4, 0, 1), keys with the sums of squares 0.1, 9, 5: the strengths are 2.5, 0 and 10."""
+    q = torch.tensor([[9.0, 9, 9], [9, 9, 9], [3, 0, 1], [4, 0, 1]])[None, None]
+    k = torch.tensor([[0.1**0.5, 3, 1], [0, 0, 2], [0, 0, 0], [0, 0, 0]])[None, None]
+    whole, two, one = (
+        kernels.zero_weak_channels(q, k, torch.arange(4)[None, None], torch.tensor([4]), torch.tensor([2]), share)
+        for share in (1.0, 0.6, 0.3)
+    )
+    assert torch.equal(whole, k)
+    assert torch.equal(two, k * torch.tensor([1, 0, 1])) and torch.equal(one, k * torch.tensor([0, 0, 1]))
+    assert torch.equal(q[:, :, 2:] @ two.mT, q[:, :, 2:] @ k.mT)
+
+
+def test_keys_in_the_window_keep_all_channels_and_tokens_that_went_do_not_count():
+    q, k, pos = torch.ones(1, 2, 4, 2), torch.tensor([[1.0, 2], [50, 1], [1, 2]])[None, None], [0, -1, 3]
+    thin = kernels.zero_weak_channels(q, k, torch.tensor([[pos]]), torch.tensor([4]), torch.tensor([1]), 0.5)
+    assert thin[0, 0, [0, 2]].tolist() == [[0, 2], [1, 2]], "the key of 50 is no token's: channel 1 is the stronger one"
+
+
 def test_write_slots_writes_only_the_named_slot_of_each_head():
     buffer = torch.zeros(2, 3, 5, 4)
     slots = torch.tensor([[[0], [4], [2]], [[1], [1], [3]]])
