@@ -432,7 +432,7 @@ class Cache(nn.Module):
     def prefill_attention(self, rows: Tensor) -> list:
         """The attention of each layer that reads the right-padded prompts of these rows [n]."""
         lengths, kept = self.lengths[rows], self.kept[:, rows]
-        window = torch.tensor([self.windows[row] for row in rows.tolist()])
+        window = torch.tensor([self.windows[row] for row in rows.tolist()])  # on the host: its maximum is a shape
         all_stay = (kept == lengths).all(1).tolist()  # of each layer; one look at the device for all of them
         keeps = [None if whole else keep for whole, keep in zip(all_stay, kept, strict=True)]
         pairs = zip(self.layers, keeps, strict=True)

@@ -66,7 +66,8 @@ class PromptPolicy:
         return COMPRESSORS[self.compress]
 
     @property
-    def spread(self) -> Callable | None:
+    def spread(self) -> Callable[[int, int, int, int], int] | None:
+        """(mean budget, layer, n_layers, most) -> tokens; None: the decode strategy's."""
         return partial(as_measured, self.shares) if self.compressor.measured else self.compressor.spread
 
 
@@ -199,7 +200,7 @@ def as_measured(shares: tuple[float, ...], budget: int, layer: int, n_layers: in
     Shares 2, 0.5, 0.5 and budget 4: 8, 2, 2. With `most` = 6, layer 0 gets 6, and the other two 3 each.
     """
     require(len(shares) == n_layers, "layer_shares", f"for {len(shares)} layers", f"for the {n_layers} of the model")
-    order = sorted(range(n_layers), key=lambda other: -shares[other])
+    order = sorted(range(n_layers), key=lambda other: -shares[other])  # the largest, which may reach `most`, first
     left = n_layers * min(budget, most)
     for rank, other in enumerate(order):
         tokens = min(most, round(left * shares[other] / sum(shares[i] for i in order[rank:])))
@@ -246,7 +247,7 @@ def for_layer(policy: Policy, layer: int, n_layers: int) -> Policy:
     return replace(policy, heavy=share - recent, recent=recent)
 
 
-# ---- prompt compressors: (q, k, lengths, window) -> score [B, n_kv_heads, S]; the highest stay ---------
+# ---- prompt compressors: (q, k, lengths, window) -> score [B, n_kv_heads, S]; the highest stay -------------
 
 
 def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:

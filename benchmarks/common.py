@@ -273,7 +273,8 @@ class Job:
 
     def effective(self) -> dict:
         """All settings, defaults included, but those that change the speed alone."""
-        settings = asdict(Options(**self.settings))
+        options = Options(**self.settings)
+        settings = asdict(options) | {"layer_shares": options.rules()[1].shares}  # not the name of their file
         return {name: value for name, value in settings.items() if name not in ONLY_SPEED}
 
 
