@@ -11,6 +11,7 @@ A conversation goes on in the same buffers. Before a later turn is read, the cac
 answer behind the prompt, and the decode slots are free again. `rewind` marks dead whatever came after a snapshot.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -122,18 +123,21 @@ class LayerCache(nn.Module):
 
     # ---- prefill
 
-    def fill(self, rows: Tensor, lengths: Tensor, kept: Tensor | None, prompt: PromptPolicy, q, k, v) -> Tensor:
+    def fill(self, rows: Tensor, lengths: Tensor, window: Tensor, kept: Tensor | None, prompt, q, k, v) -> Tensor:
         """Attend over whole prompts, then store the part of K and V [n, H, S, head_dim] that stays.
 
-        rows [n]: of the batch. lengths [n]: tokens of each one's prompt. kept [n]: how many of them stay; None: all.
+        rows [n]: of the batch. lengths [n]: tokens of each one's prompt. window [n], on the host: the last of them,
+        which choose. kept [n]: how many of them stay; None: all.
         """
         y = kernels.causal_attention(q, k, v)
         slot = kernels.slot_numbers(k)
         pos = torch.where(slot < lengths[:, None, None], slot, -1)
         score = self.prompt_score(q, k, v, lengths)
         if kept is not None:
-            pos = self.choose_prompt(lengths, kept, prompt, q, k)
+            pos = self.choose_prompt(lengths, window, kept, prompt, q, k)
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
+        if prompt.key_channels < 1:
+            k = kernels.zero_weak_channels(q, k, pos, lengths, window, prompt.key_channels)
         n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
         self.k.put(k[:, :, :n], 0, rows)
         self.v.put(v[:, :, :n], 0, rows)
@@ -167,10 +171,10 @@ class LayerCache(nn.Module):
         age = (lengths[:, None, None] - kernels.slot_numbers(k)).clamp(min=0)
         return self.policy.ranking.update(torch.zeros_like(received), received, age, k, v)
 
-    def choose_prompt(self, lengths: Tensor, kept: Tensor, prompt: PromptPolicy, q: Tensor, k: Tensor) -> Tensor:
+    def choose_prompt(self, lengths: Tensor, window: Tensor, kept: Tensor, prompt: PromptPolicy, q, k) -> Tensor:
         """The prompt positions that stay, [B, H, prompt_slots] int32; -1: the slot stays empty."""
-        score = prompt.compressor.score(q, k, lengths, prompt.obs_window)
-        in_window = kernels.slot_numbers(k) >= lengths[:, None, None] - prompt.obs_window
+        score = prompt.compressor.score(q, k, lengths, window)
+        in_window = kernels.slot_numbers(k) >= (lengths - window.to(k.device))[:, None, None]
         others = (kept - prompt.obs_window).clamp(min=0)
         floor = kept - others + (others * prompt.compressor.head_floor).long()
         return kernels.highest(score.masked_fill(in_window, torch.inf), lengths, kept, floor, self.prompt_slots)
@@ -366,6 +370,7 @@ class Cache(nn.Module):
         kept = torch.zeros(config.n_layers, size.batch, dtype=torch.int64)
         self.register_buffer("kept", kept)  # prompt tokens kept per KV head, the mean of the heads
         self.used = [0] * config.n_layers  # prompt slots in use, of each layer
+        self.windows = [prompt.obs_window] * size.batch  # the last tokens of each prompt, which choose and stay
         self.position = 0  # of the next token that a conversation reads
 
     def allocated_for(self, layer: int, size: CacheSize) -> int:
@@ -394,7 +399,7 @@ class Cache(nn.Module):
         """Tokens per KV head that stay of a prompt of this length; the mean of the heads where they compete."""
         if self.prompt.compressor.score is None:
             return length
-        spread = self.prompt.compressor.spread or self.policy.strategy.spread
+        spread = self.prompt.spread or self.policy.strategy.spread
         return spread(self.prompt.budget, layer, self.config.n_layers, length)
 
     def find_graph_keys(self, steps: list, n_slots: int) -> list[tuple[bool, int]]:
@@ -440,21 +445,24 @@ class Cache(nn.Module):
         for layer in self.layers:
             layer.reset()
 
-    def begin_prefill(self, lengths: list[int]) -> None:
-        """Prepare for prompts of these lengths, one a row."""
+    def begin_prefill(self, lengths: list[int], questions: Sequence[int] = ()) -> None:
+        """Prepare for prompts of these lengths, one a row. questions: the last tokens of each, which choose what stays
+        of it and stay themselves; 0: obs_window of them."""
         kept = [[self.kept_of(layer.layer, length) for length in lengths] for layer in self.layers]
         self.used = [self.slots_for(layer.layer, lengths) for layer in self.layers]
         self.position = max(lengths)
         self.lengths.copy_(torch.tensor(lengths))
+        self.windows = [n or self.prompt.obs_window for n in questions or [0] * len(lengths)]
         self.kept.copy_(torch.tensor(kept))
 
     def prefill_attention(self, rows: Tensor) -> list:
         """The attention of each layer that reads the right-padded prompts of these rows [n]."""
         lengths, kept = self.lengths[rows], self.kept[:, rows]
+        window = torch.tensor([self.windows[row] for row in rows.tolist()])  # on the host: its maximum is a shape
         all_stay = (kept == lengths).all(1).tolist()  # of each layer; one look at the device for all of them
         keeps = [None if whole else keep for whole, keep in zip(all_stay, kept, strict=True)]
         pairs = zip(self.layers, keeps, strict=True)
-        return [partial(layer.fill, rows, lengths, keep, self.prompt) for layer, keep in pairs]
+        return [partial(layer.fill, rows, lengths, window, keep, self.prompt) for layer, keep in pairs]
 
     def end_prefill(self, n: int) -> None:
         """All rows below n are read; the rows after them become copies of the last one."""

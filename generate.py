@@ -11,11 +11,13 @@ import signal
 if __name__ == "__main__":  # Ctrl-C during the 3 s in which torch is imported ends quietly too
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
+import json
 import logging
 import math
 import re
 import sys
 import time
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -61,6 +63,12 @@ class Options:
     compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
     prompt_budget: int = option(2048, "prompt tokens that --compress keeps per KV head")
     obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
+    layer_shares: str = option("", "each layer's share of --prompt-budget, as benchmarks/calibrate.py has measured it: "
+                               "--compress prefixkv and zipvl read it", metavar="FILE.json")  # fmt: skip
+    question_after: str = option("", "the question is what follows the last such text of a prompt: it chooses and "
+                                 "stays, in place of --obs-window", metavar="TEXT")  # fmt: skip
+    key_channels: float = option(1.0, "a study that saves no memory: prompt keys before --obs-window keep this share "
+                                 "of their channels, and the others are set to 0")  # fmt: skip
     kv_format: str = option("model", "how keys and values are stored: as the model's dtype, or in fewer bits",
                             choices=list(FORMATS))  # fmt: skip
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
@@ -93,7 +101,29 @@ class Options:
         """What scope.py makes of these settings, for generated tokens and for the prompt."""
         policy = Policy(self.policy, self.heavy, self.recent, self.score, self.interval)
         require_known("kv_format", self.kv_format, FORMATS)
-        return policy, PromptPolicy(self.compress, self.prompt_budget, self.obs_window)
+        shares = read_shares(self.layer_shares).get(self.compress, ())
+        prompt = PromptPolicy(self.compress, self.prompt_budget, self.obs_window, shares, self.key_channels)
+        return policy, prompt
+
+
+def read_shares(path: str) -> dict[str, tuple]:
+    """Compressor -> each layer's share of the prompt budget, from a file of benchmarks/calibrate.py; "": no file."""
+    try:
+        table = json.loads(Path(path).read_text(encoding="utf-8"))["shares"] if path else {}
+        shares = {name: tuple(row) for name, row in table.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = one_line(error) if isinstance(error, OSError) else "it holds no table of shares"
+        raise ValueError(f"layer_shares {path}: {why}: give a file that benchmarks/calibrate.py writes") from None
+    for row in shares.values():
+        numbers = all(type(share) in (int, float) and 0 < share <= len(row) for share in row)
+        holds = numbers and abs(sum(row) - len(row)) <= len(row) / 100
+        require(
+            holds,
+            f"layer_shares {path}",
+            list(row),
+            "numbers above 0 with the mean 1, as benchmarks/calibrate.py writes them",
+        )
+    return shares
 
 
 def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dtype: str = Options.dtype):
@@ -157,6 +187,7 @@ class Request:
     index: int
     ids: list[int]
     max_new_tokens: int
+    question: int = 0  # the last tokens, which choose what stays of the others; 0: obs_window of them
 
 
 def no_callback(*arguments) -> None:
@@ -164,11 +195,20 @@ def no_callback(*arguments) -> None:
 
 
 def generate(
-    model: Llama, tokenizer, prompts: list, policy=Options.policy, *, on_text=None, on_step=None, **settings
+    model: Llama,
+    tokenizer,
+    prompts: list,
+    policy=Options.policy,
+    *,
+    questions: list[int] | None = None,
+    on_text=None,
+    on_step=None,
+    **settings,
 ) -> Iterator[Result]:
     """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
 
-    policy: a name, with more fields of Options in `settings`, or Options. on_text(index, text) gets text as it comes,
+    policy: a name, with more fields of Options in `settings`, or Options. questions: how many tokens at the end of each
+    prompt are its question (`question_after` finds them in a text). on_text(index, text) gets text as it comes,
     on_step(cache) the cache after prefill and after every step. The tokenizer needs `encode`, `decode`, `stream` and
     `stop_ids`. Raises ValueError, before anything is computed, for a prompt or a setting that cannot be run.
     """
@@ -176,8 +216,9 @@ def generate(
     require(not isinstance(prompts, str), "prompts", repr(prompts[:40]), "a list of prompts: put the text in brackets")
     ids = [tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     check_run(model.config, ids, options)
+    rows = enumerate(zip(ids, find_questions(tokenizer, ids, options, questions), strict=True))
     engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
-    requests = [Request(i, prompt, options.max_new_tokens) for i, prompt in enumerate(ids)]
+    requests = [Request(i, prompt, options.max_new_tokens, question) for i, (prompt, question) in rows]
     return run(engine, tokenizer, requests, on_text or no_callback, on_step or no_callback)
 
 
@@ -209,6 +250,30 @@ def check_ids(config: ModelConfig, name: str, ids: list[int], before: int, optio
         raise ValueError(f"{more}: lower --max-new-tokens or shorten the prompt")
 
 
+def find_questions(tokenizer, prompts: list[list[int]], options: Options, given=None) -> list[int]:
+    """Tokens of each prompt's question, its last ones: as given, or what follows --question-after; 0: obs_window."""
+    after = options.question_after
+    found = given or [question_len(tokenizer, f"prompt {i}", ids, after) for i, ids in enumerate(prompts)]
+    require(len(found) == len(prompts), "questions", found, f"{len(prompts)} numbers, one for each prompt")
+    for i, (n, ids) in enumerate(zip(found, prompts, strict=True)):
+        most = min(len(ids), options.prompt_budget)
+        wanted = f"0 to {most}: all of them stay, so they are part of prompt_budget"
+        require(type(n) is int and 0 <= n <= most, f"the number of tokens of question {i}", n, wanted)
+    return found
+
+
+def question_len(tokenizer, name: str, ids: list[int], after: str) -> int:
+    """Tokens that end behind the last `after` in a prompt. "": 0."""
+    if not after:
+        return 0
+    text = tokenizer.decode(ids)
+    end = text.rfind(after) + len(after)
+    before = bisect_right(range(len(ids) + 1), end, key=lambda n: len(tokenizer.decode(ids[:n]))) - 1  # tokens
+    if after not in text or before == len(ids):
+        raise ValueError(f"{name} has no question after {after!r}: put this text before it, or change --question-after")
+    return len(ids) - before
+
+
 def size_of(prompts: list[list[int]], options: Options) -> CacheSize:
     """The size of the one cache that all batches of a run share."""
     lengths = sorted({len(ids) for ids in prompts})
@@ -223,7 +288,8 @@ def run(engine: "Engine", tokenizer, requests: list[Request], on_text=no_callbac
         rows = [Row(request, tokenizer.stream(), engine.options.stop) for request in batch]
         interrupt = None
         try:
-            first_token = engine.prefill([request.ids for request in batch], [request.index for request in batch])
+            ids, indexes = [request.ids for request in batch], [request.index for request in batch]
+            first_token = engine.prefill(ids, indexes, [request.question for request in batch])
             on_step(engine.cache)
             decode_rows(engine, rows, first_token, READ_EVERY[engine.device.type], on_text, on_step)
         except KeyboardInterrupt as error:  # rows that are complete are not lost
@@ -442,15 +508,17 @@ class Engine:
         self.steps = 0
 
     @torch.inference_mode()
-    def prefill(self, prompts: list[list[int]], indexes: list[int]) -> Tensor:
+    def prefill(self, prompts: list[list[int]], indexes: list[int], questions: list[int] | None = None) -> Tensor:
         """Read the prompts, those of one width together; returns each row's first token [B].
 
-        A batch that is shorter than the cache is filled up with copies of its last row.
+        questions: tokens of each prompt's question, as in Request. A batch that is shorter than the cache is filled up
+        with copies of its last row.
         """
         started = time.perf_counter()
         missing = self.size.batch - len(prompts)
         self.reset(indexes + indexes[-1:] * missing)
-        self.cache.begin_prefill([len(ids) for ids in prompts + prompts[-1:] * missing])
+        lengths, questions = [len(ids) for ids in prompts], questions or [0] * len(prompts)
+        self.cache.begin_prefill(lengths + lengths[-1:] * missing, questions + questions[-1:] * missing)
         groups: dict[int, list[int]] = {}  # padded width -> rows
         for row, ids in enumerate(prompts):
             groups.setdefault(padded_width(len(ids)), []).append(row)
@@ -611,12 +679,14 @@ class Conversation:
         self.tokenizer = tokenizer
         self.options = replace(options, max_context=slots)
         check_run(model.config, [ids], self.options)
+        questions = find_questions(tokenizer, [ids], self.options)
         self.engine = Engine(model, self.options, tokenizer.stop_ids, size_of([ids], self.options))
         self.snapshots: list[Snapshot] = []
         self.turn = 0
         self.read_last = ids  # what was read before the next answer
         self.unread: list[int] = []  # the last token of an answer, which is read with the next turn
-        self.opening = self.engine.prefill([ids], [0]), self.engine.stopped  # the token that an answer begins with
+        first_token = self.engine.prefill([ids], [0], questions)
+        self.opening = first_token, self.engine.stopped  # what an answer begins with
         self.end = self.engine.cache.position  # of the next token
 
     def read(self, turn: str | list[int]) -> None:

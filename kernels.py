@@ -43,14 +43,37 @@ def received_attention(q: Tensor, k: Tensor, lengths: Tensor) -> Tensor:
     return received
 
 
-def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, last: int) -> Tensor:
-    """`received_attention` from the `last` queries of each row only; a row may have fewer."""
-    query_positions = lengths[:, None] - last + torch.arange(last, device=k.device)  # [B, last]
-    index = query_positions.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
-    logits = scaled_scores(q.gather(2, index), k)
-    unseen = torch.arange(k.shape[2], device=k.device) > query_positions[:, :, None]  # [B, last, S]
-    prob = logits.masked_fill_(unseen[:, None, None], float("-inf")).softmax(-1, dtype=torch.float32)
-    return prob.nan_to_num_(0.0).sum(3).mean(2)  # NaN: a query before the row's first token, which sees no key
+def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, last: Tensor) -> Tensor:
+    """`received_attention` from each row's `last` queries only; a row may have fewer. last [B] on the host: no device
+    has to be waited for to know how many queries there are."""
+    most = int(last.max())
+    query_positions = lengths[:, None] - most + torch.arange(most, device=k.device)  # [B, most]
+    first = (lengths - last.to(k.device)).clamp(min=0)[:, None]
+    received = torch.zeros(k.shape[:3], device=k.device)
+    block = max(1, BLOCK_SCORES // (q.shape[0] * q.shape[1] * q.shape[2]))
+    for positions in query_positions.split(block, 1):
+        index = positions.clamp(min=0)[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3])
+        logits = scaled_scores(q.gather(2, index), k)
+        unseen = torch.arange(k.shape[2], device=k.device) > positions[:, :, None]  # [B, n, S]
+        prob = logits.masked_fill_(unseen[:, None, None], float("-inf")).softmax(-1, dtype=torch.float32)
+        asks = (positions >= first)[:, None, None, :, None]  # a row with a shorter `last` asks with fewer queries
+        received += prob.masked_fill_(~asks, 0.0).sum(3).mean(2)
+    return received
+
+
+def zero_weak_channels(q: Tensor, k: Tensor, pos: Tensor, lengths: Tensor, window: Tensor, share: float) -> Tensor:
+    """ThinK (arXiv 2407.21018): the keys before each row's window with their weak channels set to 0.
+
+    q [B, H * G, S, head_dim]; k [B, H, n, head_dim] at the positions pos [B, H, n] (-1: none); lengths, window [B];
+    share: of the channels that stay. A channel is as strong as the product of its sums of squares, over the window's
+    queries and over the keys. Queries (3, 0, 1), (4, 0, 1) and sums of keys (0.1, 9, 5): strengths 2.5, 0, 10.
+    """
+    start, end = (lengths - window.to(k.device))[:, None, None], lengths[:, None, None]
+    asks = (slot_numbers(q) >= start) & (slot_numbers(q) < end)
+    of_queries = (q.float() * asks[..., None]).square().sum(2).unflatten(1, (k.shape[1], -1)).sum(2)  # [B, H, head_dim]
+    of_keys = (k.float() * (pos >= 0)[..., None]).square().sum(2)
+    weak = ranks(of_queries * of_keys) >= max(1, round(share * k.shape[3]))
+    return k.masked_fill(weak[:, :, None] & (pos < start)[..., None], 0.0)
 
 
 def attend_block(q: Tensor, k: Tensor, v: Tensor, pos: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ beta2 = recent. Three tables hold every method: STRATEGIES, SCORES and COMPRESSO
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor, where
@@ -52,16 +53,26 @@ class PromptPolicy:
     compress: str
     budget: int
     obs_window: int
+    shares: tuple[float, ...] = ()  # of the budget, one for each layer, with the mean 1; for `measured` compressors
+    key_channels: float = 1.0  # share of its channels that a prompt key keeps; the others are 0, which saves no byte
 
     def __post_init__(self):
         require_known("compressor", self.compress, COMPRESSORS)
         require(self.budget >= 1, "prompt_budget", self.budget, "1 token or more")
         most = f"1 to {self.budget} tokens: it is part of prompt_budget"
         require(1 <= self.obs_window <= self.budget, "obs_window", self.obs_window, most)
+        require(0 < self.key_channels <= 1, "key_channels", self.key_channels, "above 0 and at most 1")
+        measure = "the file that benchmarks/calibrate.py writes for this model"
+        require(bool(self.shares) or not self.compressor.measured, "layer_shares", "not given", measure)
 
     @property
     def compressor(self) -> "Compressor":
         return COMPRESSORS[self.compress]
+
+    @property
+    def spread(self) -> Callable[[int, int, int, int], int] | None:
+        """(mean budget, layer, n_layers, most) -> tokens; None: the decode strategy's."""
+        return partial(as_measured, self.shares) if self.compressor.measured else self.compressor.spread
 
 
 # ---- budgets: generated tokens per KV head that stay after the selection of step t ------------------------
@@ -234,6 +245,21 @@ def all_but_two_layers(budget: int, layer: int, n_layers: int, most: int) -> int
     return most if layer < 2 else min(budget, most)
 
 
+def as_measured(shares: tuple[float, ...], budget: int, layer: int, n_layers: int, most: int) -> int:
+    """The layer's own share. What a layer cannot use goes to those with smaller shares, so that the total stays.
+
+    Shares 2, 0.5, 0.5 and budget 4: 8, 2, 2. With `most` = 6, layer 0 gets 6, and the other two 3 each.
+    """
+    require(len(shares) == n_layers, "layer_shares", f"for {len(shares)} layers", f"for the {n_layers} of the model")
+    order = sorted(range(n_layers), key=lambda other: -shares[other])  # the largest, which may reach `most`, first
+    left = n_layers * min(budget, most)
+    for rank, other in enumerate(order):
+        tokens = min(most, round(left * shares[other] / sum(shares[i] for i in order[rank:])))
+        if other == layer:
+            return tokens
+        left -= tokens
+
+
 # ---- decode strategies ------------------------------------------------------------------------------------
 
 
@@ -274,25 +300,36 @@ def for_layer(policy: Policy, layer: int, n_layers: int) -> Policy:
     return replace(policy, heavy=share - recent, recent=recent)
 
 
-# ---- prompt compressors: (q, k, lengths, obs_window) -> score [B, n_kv_heads, S]; the highest stay ---------
+# ---- prompt compressors: (q, k, lengths, window) -> score [B, n_kv_heads, S]; the highest stay -------------
 
 
-def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def received_from_all(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """H2O (arXiv 2306.14048): the sum of the attention received from all prompt queries, causal."""
     return kernels.received_attention(q, k, lengths)
 
 
-def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def mean_received(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
+    """ZipVL (arXiv 2410.08584): H2O's sum over the number of queries that see the token; the sum favours early ones."""
+    seen_by = lengths[:, None, None] - kernels.slot_numbers(k)
+    return kernels.received_attention(q, k, lengths) / seen_by.clamp(min=1)  # below 1: padding
+
+
+def received_from_last(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """SnapKV (arXiv 2404.14469): the attention from the last queries; each token takes the maximum of 7 neighbours."""
-    return max_pool1d(kernels.received_from_last(q, k, lengths, obs_window), 7, stride=1, padding=3)
+    return max_pool1d(kernels.received_from_last(q, k, lengths, window), 7, stride=1, padding=3)
 
 
-def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def received_from_question(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
+    """FINCH (TACL 2024, arXiv 2408.00167): the attention from the question, which is the window; no neighbours."""
+    return kernels.received_from_last(q, k, lengths, window)
+
+
+def small_key_norm(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """Keys of low L2 norm score highest: in large pretrained models they attract attention (arXiv 2406.11430)."""
     return -k.float().norm(dim=-1)
 
 
-def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tensor:
+def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, window: Tensor) -> Tensor:
     """StreamingLLM (arXiv 2309.17453): the first tokens are attention sinks, so they score highest."""
     return -kernels.slot_numbers(k).float()
 
@@ -301,19 +338,24 @@ def first_tokens(q: Tensor, k: Tensor, lengths: Tensor, obs_window: int) -> Tens
 class Compressor:
     """One row of the compressor table."""
 
-    score: Callable[[Tensor, Tensor, Tensor, int], Tensor] | None  # None: the whole prompt stays
+    score: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None  # None: the whole prompt stays
     spread: Callable[[int, int, int, int], int] | None = None  # None: the decode strategy's
+    measured: bool = False  # True: spread as benchmarks/calibrate.py has measured it
     head_floor: float = 1.0  # share of its budget that each head keeps; the heads of a layer compete for the rest
 
 
 COMPRESSORS = {
     "full": Compressor(None),
     "h2o": Compressor(received_from_all),
+    "h2o-mean": Compressor(mean_received),
     "snapkv": Compressor(received_from_last),
     "pyramidkv": Compressor(received_from_last, spread=linear),
     "l2norm": Compressor(small_key_norm, spread=all_but_two_layers),
     "streaming": Compressor(first_tokens),
     "adakv": Compressor(received_from_last, head_floor=0.2),
+    "prefixkv": Compressor(received_from_all, measured=True),  # arXiv 2412.03409
+    "zipvl": Compressor(mean_received, measured=True),
+    "finch": Compressor(received_from_question, spread=uniform),  # a layer with less could lose some of the question
 }
 
 

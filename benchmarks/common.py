@@ -91,10 +91,14 @@ def add_method_flags(
     group.add_argument("--set", default="", metavar="FIELD=VALUE,...", help="settings of all methods")
 
 
-def add_run_flags(group) -> None:
+def add_model_flags(group) -> None:
     group.add_argument("--checkpoint", default=Options.checkpoint, metavar="DIR_OR_HUB_ID", help="of the model")
     group.add_argument("--device", default=Options.device, help="cpu, cuda, cuda:1")
     group.add_argument("--dtype", default=Options.dtype, help="of weights and cache")
+
+
+def add_run_flags(group) -> None:
+    add_model_flags(group)
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="(default: only with --data)")
     where = "predictions are appended here as they come, and a run continues where the file ends "
     where += "(default: none; data: NAME.predictions.jsonl in this directory)"
@@ -269,7 +273,8 @@ class Job:
 
     def effective(self) -> dict:
         """All settings, defaults included, but those that change the speed alone."""
-        settings = asdict(Options(**self.settings))
+        options = Options(**self.settings)
+        settings = asdict(options) | {"layer_shares": options.rules()[1].shares}  # not the name of their file
         return {name: value for name, value in settings.items() if name not in ONLY_SPEED}
 
 

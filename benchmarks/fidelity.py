@@ -273,6 +273,7 @@ class Reference:
 
 
 def make_engine(model: Llama, options: Options, samples: list[Sample]) -> Engine:
+    require(not options.question_after, "question_after", repr(options.question_after), "empty: no text has a question")
     size = size_of([sample.prompt for sample in samples], options)._replace(batch=len(samples))
     return Engine(model, options, [], size, sampler=ReturnLogits())
 

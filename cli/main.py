@@ -15,7 +15,7 @@ from cli.output import Printer, RowFile, check_outputs
 from cli.program import Parser, note, run_program
 from cli.prompts import Prompt, encode, read_prompts, read_turns, with_system
 from cli.trace import Trace
-from generate import Conversation, Engine, Options, Request, Result, Stats, check_run, place_of, size_of
+from generate import Conversation, Engine, Options, Request, Result, Stats, check_run, find_questions, place_of, size_of
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,13 +72,14 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     prompts = read_prompts(arguments)
     if arguments.system is not None and not (arguments.chat or any(prompt.is_chat for prompt in prompts)):
         raise ValueError("--system is a chat's: add --chat")
-    inputs = {"--prompt-file": arguments.prompt_file, "--checkpoint": place_of(arguments.checkpoint)}
+    inputs = inputs_of(arguments) | {"--prompt-file": arguments.prompt_file}
     check_outputs({"--output": arguments.output, "--trace": arguments.trace}, inputs)
     output = RowFile(arguments.output, arguments.resume, arguments.overwrite)
     model, tokenizer = generate.load(options.checkpoint, options.device, options.dtype)
     ids = [encode(prompt, tokenizer, arguments.chat, arguments.system) for prompt in prompts]
     check_run(model.config, ids, options)
-    requests = [request_of(i, prompt, ids[i], options) for i, prompt in enumerate(prompts)]
+    questions = find_questions(tokenizer, ids, options)
+    requests = [request_of(i, prompt, ids[i], questions[i], options) for i, prompt in enumerate(prompts)]
     trace = Trace(arguments.trace, options, model, ids) if arguments.trace else None
     identity = identity_of(options, model)
     with output:
@@ -101,12 +102,17 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     printer.close()
 
 
-def request_of(index: int, prompt: Prompt, ids: list[int], options: Options) -> Request:
+def inputs_of(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What every run reads."""
+    return {"--checkpoint": place_of(arguments.checkpoint), "--layer-shares": arguments.layer_shares or None}
+
+
+def request_of(index: int, prompt: Prompt, ids: list[int], question: int, options: Options) -> Request:
     most = prompt.max_new_tokens or options.max_new_tokens
     if most > options.max_new_tokens:
         least = f"--max-new-tokens is {options.max_new_tokens} and sizes the cache: raise it to {most}"
         raise ValueError(f"prompt {index} wants max_new_tokens {most}, {least}")
-    return Request(index, ids, most)
+    return Request(index, ids, most, question)
 
 
 NO_MATTER = {"device", "compile", "batch_size", "max_context"}  # fields of Options that change no token in float32
@@ -116,7 +122,8 @@ def identity_of(options: Options, model) -> dict:
     """What decides the tokens of a row, beside its prompt: --resume goes on under the same alone."""
     settings = {name: value for name, value in asdict(options).items() if name not in NO_MATTER}
     dtype = str(model.embed.weight.dtype).removeprefix("torch.")
-    return settings | {"dtype": dtype, "stop": list(options.stop)}
+    shares = options.rules()[1].shares  # not the name of their file
+    return settings | {"dtype": dtype, "stop": list(options.stop), "layer_shares": list(shares)}
 
 
 def digest(request: Request) -> str:
@@ -170,7 +177,7 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
         raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
     if arguments.resume:
         raise ValueError("--resume: a conversation cannot be resumed; give --output another file, or --overwrite")
-    check_outputs({"--output": arguments.output}, {"--checkpoint": place_of(arguments.checkpoint)})
+    check_outputs({"--output": arguments.output}, inputs_of(arguments))
     output = RowFile(arguments.output, overwrite=arguments.overwrite)
     model, tokenizer = generate.load(options.checkpoint, options.device, options.dtype)
     tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template

@@ -31,13 +31,19 @@ def read_prompts(arguments: argparse.Namespace) -> list[Prompt]:
         return [Prompt(sys.stdin.read().removesuffix("\n").removesuffix("\r"))]  # the line break that `echo` adds
     if arguments.prompt_file is None and arguments.checkpoint != Options.checkpoint:
         raise ValueError("there is no prompt: give --prompt TEXT, --prompt-file FILE, or - for standard input")
-    path = MINI / "demo.txt" if arguments.prompt_file is None else Path(arguments.prompt_file)
+    if arguments.prompt_file is not None:
+        return read_file(Path(arguments.prompt_file))
+    demo = read_file(MINI / "demo.txt")
+    note("\n" + demo[0].content)  # the demo shows what it answers
+    return demo
+
+
+def read_file(path: Path) -> list[Prompt]:
+    """One prompt, or the rows of a file that holds rows."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"prompt file {path} cannot be read: {one_line(error)}") from None
-    if arguments.prompt_file is None:
-        note("\n" + text)  # the demo shows what it answers
     if path.suffix.lower() in ROW_FILES:
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return [parse_row(parse_json(line, f"{path}:{number}"), f"{path}:{number}") for number, line in lines]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import kernels
 from cache import Cache, CacheSize, LayerCache, Slots
 from model import ModelConfig
-from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budget
+from oracle import Oracle, kept_of_prompt, layer_decode_budget, layer_prompt_budgets, thin_keys
 from scope import COMPRESSORS, FORMATS, SCORES, STRATEGIES, Format, Policy, PromptPolicy
 
 HEAD_DIM = 8  # one word of 4-bit codes
@@ -22,6 +22,12 @@ N_LAYERS = 3
 FEW_CHANNELS = Format(8, group=2), Format(4, group=2, minimum=True)  # several groups in a head as small as this
 FROZEN = [name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt]
 SHARED = [name for name in STRATEGIES if name not in FROZEN]  # prompt and output are one pool
+
+
+# What benchmarks/calibrate.py may measure: a number above 0 for each layer, with the mean 1.
+shares_of_layers = st.tuples(*[st.integers(1, 9)] * N_LAYERS).map(
+    lambda row: tuple(N_LAYERS * x / sum(row) for x in row)
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,12 @@ class Setting:
     layer: int  # the one that is watched
     seed: int
     formats: tuple[Format, Format] = FORMATS["model"]
+    questions: tuple[int, ...] = ()  # tokens of each prompt's question, 0: it has none; (): no prompt has one
 
     def alone(self, row: int) -> "Setting":
         """The same with one of the prompts only."""
-        return replace(self, prompts=[self.prompts[row]], seed=self.seed + row)
+        questions = self.questions[row : row + 1]
+        return replace(self, prompts=[self.prompts[row]], questions=questions, seed=self.seed + row)
 
 
 @st.composite
@@ -78,11 +86,13 @@ def draw_setting(draw, policies, compressors, most: int, T: int, prompts: list, 
     interval = 0 if STRATEGIES[name].candidates else interval  # one token dies in each step
     policy = Policy(name, draw(size), draw(size), score, interval)
     budget = draw(st.integers(1, 14))
-    prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)))
+    shares = draw(shares_of_layers)
+    prompt = PromptPolicy(draw(st.sampled_from(compressors)), budget, draw(st.integers(1, budget)), shares)
     n_kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]))
     layer, seed = draw(st.integers(0, N_LAYERS - 1)), draw(st.integers(0, 10**6))
     formats = draw(st.sampled_from([FORMATS["model"], *FORMATS.values(), FEW_CHANNELS]))
-    return Setting(policy, prompt, T, prompts, steps, turns, n_kv_heads, group, layer, seed, formats)
+    questions = tuple(draw(st.integers(0, min(length, budget))) for length in prompts)
+    return Setting(policy, prompt, T, prompts, steps, turns, n_kv_heads, group, layer, seed, formats, questions)
 
 
 class Play:
@@ -112,7 +122,7 @@ class Play:
         tokens = [self.draw(b, length) for b, length in enumerate(lengths)]
         filler = torch.full((max(lengths), *tokens[0].shape[1:]), 9.0)  # right of a shorter prompt; nobody may see it
         block = torch.stack([torch.cat((row, filler[len(row) :])) for row in tokens])
-        self.cache.begin_prefill(lengths)
+        self.cache.begin_prefill(lengths, self.setting.questions)
         output = self.attend(self.cache.prefill_attention(torch.arange(len(lengths))), block)
         self.cache.end_prefill(len(lengths))
         if self.with_oracle:
@@ -241,12 +251,16 @@ class Play:
         oracles = {}
         for b, length in enumerate(setting.prompts):
             heads = [[self.token(b, h, p) for p in range(length)] for h in range(setting.n_kv_heads)]
-            budget = layer_prompt_budget(prompt.compress, policy.name, prompt.budget, setting.layer, N_LAYERS, length)
-            kept = kept_of_prompt(prompt.compress, budget, prompt.obs_window, heads)
+            names = prompt.compress, policy.name
+            budgets = layer_prompt_budgets(*names, prompt.budget, N_LAYERS, length, prompt.shares)
+            question = setting.questions[b] if setting.questions else 0
+            kept = kept_of_prompt(prompt.compress, budgets[setting.layer], prompt.obs_window, question, heads)
             for h, head in enumerate(heads):
                 numbers = policy.name, *self.decode_budget(), setting.T, policy.interval
                 formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)
-                oracles[b, h] = Oracle(numbers, policy.score, (h, setting.n_kv_heads), head, kept[h], formats)
+                keys = thin_keys(head, kept[h], question or prompt.obs_window, prompt.key_channels)
+                place = h, setting.n_kv_heads
+                oracles[b, h] = Oracle(numbers, policy.score, place, head, kept[h], formats, keys)
         return oracles
 
     def compare_positions(self) -> None:

@@ -41,11 +41,25 @@ def layer_budgets(mean: int, n_layers: int, most: int, last: float) -> list[int]
     return [top - round((top - bottom) * layer / (n_layers - 1)) for layer in range(n_layers)]
 
 
-def layer_prompt_budget(compress: str, policy: str, budget: int, layer: int, n_layers: int, n: int) -> int:
+def layer_prompt_budgets(compress: str, policy: str, mean: int, n_layers: int, n: int, shares: tuple) -> list[int]:
+    """For each layer, the tokens that stay of a prompt of n; shares: measured ones of the mean, one for each layer."""
+    if compress in ("prefixkv", "zipvl"):
+        return measured_budgets(min(mean, n) * n_layers, shares, n)
     if compress == "l2norm":
-        return n if layer < 2 else budget
-    last = 1 / 20 if compress == "pyramidkv" else 1 / 2 if policy == "pyramidinfer" else 1
-    return layer_budgets(budget, n_layers, n, last)[layer]
+        return [n if layer < 2 else mean for layer in range(n_layers)]
+    halves = policy == "pyramidinfer" and compress != "finch"
+    last = 1 / 20 if compress == "pyramidkv" else 1 / 2 if halves else 1
+    return layer_budgets(mean, n_layers, n, last)
+
+
+def measured_budgets(total: int, shares: tuple, most: int) -> list[int]:
+    """Deal out the total in proportion to the shares, the largest first, and deal out anew what exceeds `most`."""
+    if not shares:
+        return []
+    largest = shares.index(max(shares))
+    tokens = min(most, round(total * shares[largest] / sum(sorted(shares, reverse=True))))
+    others = measured_budgets(total - tokens, shares[:largest] + shares[largest + 1 :], most)
+    return [*others[:largest], tokens, *others[largest:]]
 
 
 def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_layers: int) -> tuple[int, int]:
@@ -56,17 +70,27 @@ def layer_decode_budget(policy: str, heavy: int, recent: int, layer: int, n_laye
 
 
 class Oracle:
-    def __init__(self, setting: tuple, score: str, head: tuple, prompt: list[tuple], kept: list[int], formats: tuple):
+    def __init__(
+        self,
+        setting: tuple,
+        score: str,
+        head: tuple,
+        prompt: list[tuple],
+        kept: list[int],
+        formats: tuple,
+        keys: list[list[float]],
+    ):
         """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it.
 
-        head: its number, and how many there are. formats: (bits, group, minimum) of keys and of values.
+        head: its number, and how many there are. formats: (bits, group, minimum) of keys and of values. keys: of the
+        prompt, as they are stored.
         """
         self.formats = formats
         self.name, self.heavy, self.recent, self.T, self.interval = setting
         self.head, self.n_heads = head
         self.sub_caches: list[list[int]] = []  # cascade's, each with its oldest token first
         self.score = score
-        self.entries = {p: self.stored(key, value) for p, (_, key, value) in enumerate(prompt) if p in kept}
+        self.entries = {p: self.stored(keys[p], value) for p, (_, _, value) in enumerate(prompt) if p in kept}
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         self.totals = {p: self.updated(0.0, received[p], self.prompt_len - p) for p in kept}
@@ -215,39 +239,59 @@ def noise(number: int) -> float:
     return ((x ^ x // 2**16) % 2**23 + 0.5) / 2**23
 
 
-def kept_of_prompt(compress: str, budget: int, obs_window: int, heads: list[list[tuple]]) -> list[list[int]]:
-    """Positions that stay for each KV head of a row; heads hold (queries of the group, key, value) per token."""
+def kept_of_prompt(
+    compress: str, budget: int, obs_window: int, question: int, heads: list[list[tuple]]
+) -> list[list[int]]:
+    """Positions that stay for each KV head of a row; heads hold (queries of the group, key, value) per token.
+
+    question: tokens at the end that choose and stay, in place of obs_window; 0: there are none.
+    """
     n = len(heads[0])
     if compress == "full" or n <= budget:
         return [list(range(n)) for _ in heads]
-    obs_window = min(obs_window, budget)
-    newest = list(range(n - obs_window, n))
-    ranked = []
-    for head in heads:
-        score = prompt_score(compress, obs_window, head)
-        ranked.append(sorted(range(n - obs_window), key=lambda p, score=score: (-score[p], -p)))
-    others = budget - obs_window
-    floor = int(others * 0.2) if compress == "adakv" else others
+    window = question or obs_window
+    scores = [prompt_score(compress, window, head) for head in heads]
+    for score in scores:
+        score[max(0, n - window) :] = [math.inf] * min(n, window)
+    ranked = [sorted(range(n), key=lambda p, score=score: (-score[p], -p)) for score in scores]
+    others = budget - min(obs_window, budget)
+    floor = budget - others + int(others * 0.2) if compress == "adakv" else budget
     kept = [order[:floor] for order in ranked]
-    best = {h: prompt_score(compress, obs_window, head) for h, head in enumerate(heads)}
     rest = [(h, p) for h, order in enumerate(ranked) for p in order[floor:]]
-    rest.sort(key=lambda hp: (-best[hp[0]][hp[1]], -hp[1]))
-    for h, p in rest[: len(heads) * (others - floor)]:
+    rest.sort(key=lambda hp: (-scores[hp[0]][hp[1]], -hp[1]))
+    for h, p in rest[: len(heads) * (budget - floor)]:
         kept[h].append(p)
-    return [sorted(positions + newest) for positions in kept]
+    return [sorted(positions) for positions in kept]
 
 
-def prompt_score(compress: str, obs_window: int, head: list[tuple]) -> list[float]:
+def prompt_score(compress: str, window: int, head: list[tuple]) -> list[float]:
     queries, keys = [q for q, _, _ in head], [k for _, k, _ in head]
     n = len(head)
-    if compress == "h2o":
+    if compress in ("h2o", "prefixkv"):
         return received_attention(queries, keys)
+    if compress in ("h2o-mean", "zipvl"):  # token p is seen by the queries p to n - 1
+        return [received / (n - p) for p, received in enumerate(received_attention(queries, keys))]
     if compress == "l2norm":
         return [-math.sqrt(sum(x * x for x in key)) for key in keys]
     if compress == "streaming":
         return [-p for p in range(n)]
-    received = received_attention(queries, keys, first=n - obs_window)
+    received = received_attention(queries, keys, first=n - window)
+    if compress == "finch":
+        return received
     return [max(received[max(0, p - 3) : p + 4]) for p in range(n)]
+
+
+def thin_keys(head: list[tuple], kept: list[int], window: int, share: float) -> list[list[float]]:
+    """The keys of a prompt. Those before the window have 0 where its queries times the keys that stay are weak."""
+    asking = [query for queries, _, _ in head[max(0, len(head) - window) :] for query in queries]
+    strength = [
+        sum(query[i] ** 2 for query in asking) * sum(head[p][1][i] ** 2 for p in kept) for i in range(len(head[0][1]))
+    ]
+    strong = sorted(range(len(strength)), key=lambda i: -strength[i])[: max(1, round(share * len(strength)))]
+    return [
+        [x if i in strong or p >= len(head) - window else 0.0 for i, x in enumerate(key)]
+        for p, (_, key, _) in enumerate(head)
+    ]
 
 
 def received_attention(queries: list, keys: list, first: int = 0) -> list[float]:

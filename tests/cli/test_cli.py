@@ -49,6 +49,13 @@ EFFECTS = {  # field of Options -> flags without it, flags with it, where the di
     "compress": (SNAPKV.replace("snapkv", "full"), SNAPKV, token_ids),
     "prompt_budget": (SNAPKV, f"{SNAPKV} --prompt-budget 5", token_ids),
     "obs_window": (SNAPKV, f"{SNAPKV} --obs-window 3", token_ids),
+    "layer_shares": (
+        "--compress prefixkv --prompt-budget 4 --obs-window 1 --layer-shares EVEN",
+        "--compress prefixkv --prompt-budget 4 --obs-window 1 --layer-shares STEEP",
+        token_ids,
+    ),
+    "question_after": (f"{SNAPKV} --obs-window 1", f"{SNAPKV} --obs-window 1 --question-after on", token_ids),
+    "key_channels": ("--obs-window 1", "--obs-window 1 --key-channels 0.3", token_ids),
     "kv_format": ("", "--kv-format int4", stat("kv_bytes")),
     "max_new_tokens": ("", "--max-new-tokens 20", lambda run: [len(ids) for ids in run.ids]),
     "temperature": ("", HOT, token_ids),
@@ -77,6 +84,9 @@ def test_every_option_is_in_the_table_of_effects():
 def test_a_flag_changes_what_it_is_there_to_change(run, tmp_path, monkeypatch, other, stopping, name):
     monkeypatch.setattr(torch, "compile", lambda function, **how: function)  # tests/core/test_engine.py compiles
     places = {"OTHER": str(other), "STOPPING": str(stopping)}
+    for word, shares in (("EVEN", [1, 1]), ("STEEP", [1.5, 0.5])):
+        places[word] = str(tmp_path / word)
+        write_json(tmp_path / word, {"shares": {"prefixkv": shares}})
     places["TWO"] = write_lines(tmp_path / "two.jsonl", [{"prompt": "the cat"}, {"prompt": PROMPT}])
     *both, looks_at = EFFECTS[name]
     found = []
@@ -152,9 +162,9 @@ def test_rows_are_in_input_order_whatever_the_batch_size(run, tmp_path):
 def test_a_row_is_in_the_file_before_the_next_batch_begins(run, tmp_path, monkeypatch):
     file, lines, prefill = write_lines(tmp_path / "five.jsonl", FIVE), [], generate.Engine.prefill
 
-    def count_lines_and_prefill(engine, prompts, indexes):
+    def count_lines_and_prefill(engine, *batch):
         lines.append((tmp_path / "rows.jsonl").read_bytes().count(b"\n"))
-        return prefill(engine, prompts, indexes)
+        return prefill(engine, *batch)
 
     monkeypatch.setattr(generate.Engine, "prefill", count_lines_and_prefill)
     run(f"{' '.join(SHORT)} --batch-size 2", "--prompt-file", file)
@@ -305,6 +315,14 @@ IMPOSSIBLE = {
     "--prompt-budget 0": ["prompt_budget", "0"],
     "--obs-window 0": ["obs_window", "0"],
     "--prompt-budget 4 --obs-window 5": ["obs_window", "5", "4"],
+    "--compress zipvl": ["layer_shares", "not given", "benchmarks/calibrate.py"],
+    "--compress zipvl --layer-shares missing.json": ["layer_shares missing.json", "No such file", "calibrate.py"],
+    "--compress zipvl --layer-shares one.txt": ["layer_shares one.txt", "no table of shares", "calibrate.py"],
+    "--question-after dog": ["prompt 0 has no question after 'dog'", "--question-after"],
+    "--question-after cat": ["prompt 0 has no question after 'cat'", "--question-after"],
+    "--question-after h --prompt-budget 1 --obs-window 1": ["question 0 is 2", "0 to 1", "prompt_budget"],
+    "--key-channels 0": ["key_channels", "0", "above 0 and at most 1"],
+    "--key-channels 1.1": ["key_channels", "1.1"],
     "--policy best": ["--policy", "best", "discontinuous"],
     "--score best": ["--score", "best", "cumulative"],
     "--compress zip": ["--compress", "zip", "snapkv"],
@@ -342,6 +360,27 @@ FILES = {  # what is wrong with a prompt file -> the file, and what must be name
     "nothing": ("", ["no prompts"]),
     "blank lines": ("\n \n", ["no prompts"]),
 }
+
+
+SHARES = {  # content of --layer-shares -> what must be named
+    "[]": "no table of shares",
+    '{"shares": [1, 1]}': "no table of shares",
+    '{"shares": {"zipvl": 2}}': "no table of shares",
+    "[" * 10**5: "no table of shares",
+    '{"shares": {"zipvl": [2, 0]}}': "[2, 0]: it must be numbers above 0 with the mean 1",
+    '{"shares": {"zipvl": [1, NaN]}}': "nan",
+    '{"shares": {"zipvl": ["1", "1"]}}': "'1'",
+    '{"shares": {"zipvl": [1, 0.5]}}': "with the mean 1",
+    '{"shares": {"zipvl": [1, 1, 1]}}': "for 3 layers: it must be for the 2 of the model",
+    '{"shares": {"prefixkv": [1, 1]}}': "not given",
+}
+
+
+@pytest.mark.parametrize("content", SHARES, ids=lambda content: content[:40])
+def test_a_file_of_shares_that_does_not_fit_is_refused(refused, tmp_path, content):
+    (tmp_path / "shares.json").write_text(content)
+    said = refused("--prompt", "x", "--compress", "zipvl", "--layer-shares", "shares.json")
+    assert "layer_shares" in said and SHARES[content] in said
 
 
 @pytest.mark.parametrize("flags", IMPOSSIBLE)

@@ -62,7 +62,7 @@ def test_a_resumed_run_computes_only_what_is_missing(again, monkeypatch):
     again()
     again.output.write_bytes(b"".join(again.output.read_bytes().splitlines(keepends=True)[:3]))
     seen, prefill = [], generate.Engine.prefill
-    monkeypatch.setattr(generate.Engine, "prefill", lambda e, p, i: (seen.extend(i), prefill(e, p, i))[1])
+    monkeypatch.setattr(generate.Engine, "prefill", lambda e, p, i, *n: (seen.extend(i), prefill(e, p, i, *n))[1])
     again("--resume")
     assert seen == [3, 4]
     again("--resume")

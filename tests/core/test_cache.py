@@ -1,8 +1,11 @@
 """One answer: the cache beside the naive oracle, and what must hold at every step for every policy and score."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cache import Cache, CacheSize
 from harness import FROZEN, HEAD_DIM, SHARED, Play, Setting, as_stored, bits, settings_of_a_run
@@ -20,6 +23,14 @@ def test_kept_positions_and_outputs_equal_the_naive_oracle(setting):
         pass
 
 
+@given(settings_of_a_run(), st.sampled_from([0.01, 0.3, 0.6]))
+@settings(max_examples=50)
+def test_prompt_keys_that_lost_their_weak_channels_are_attended_to_as_in_the_oracle(setting, share):
+    thin = replace(setting, prompt=replace(setting.prompt, key_channels=share))
+    for _ in Play(thin, with_oracle=True).run():
+        pass
+
+
 @pytest.mark.parametrize("policy", SHARED)
 @pytest.mark.parametrize("compress", ["h2o", "adakv"])
 def test_a_window_counts_tokens_where_a_compressed_prompt_has_gaps(policy, compress):
@@ -30,6 +41,17 @@ def test_a_window_counts_tokens_where_a_compressed_prompt_has_gaps(policy, compr
         setting = Setting(*rules, T=9, prompts=[length], steps=9, turns=[], n_kv_heads=2, group=1, layer=0, seed=seed)
         for _ in Play(setting, with_oracle=True).run():
             pass
+
+
+@given(settings_of_a_run(policies=("slide", "pyramidinfer"), compressors=("finch",)))
+@settings(max_examples=50)
+def test_the_question_always_stays(setting):
+    """Also beside a policy that gives some layers half of its budget."""
+    play = Play(setting)
+    play.prefill()
+    for b, h in play.pairs:
+        end, question = setting.prompts[b], setting.questions[b] or setting.prompt.obs_window
+        assert set(range(max(0, end - question), end)) <= set(play.live(b, h))
 
 
 @given(settings_of_a_run(policies=FROZEN))

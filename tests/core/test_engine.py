@@ -16,7 +16,20 @@ from torch._inductor.utils import run_and_get_code
 import kernels
 from cache import READ_BUCKET, Cache, CacheSize
 from checkpoints import make_checkpoint
-from generate import Engine, Options, Request, cpu_options, free_memory, generate, load, padded_width, run, size_of
+from generate import (
+    Conversation,
+    Engine,
+    Options,
+    Request,
+    cpu_options,
+    find_questions,
+    free_memory,
+    generate,
+    load,
+    padded_width,
+    run,
+    size_of,
+)
 from model import Llama, ModelConfig
 from scope import SCORES, STRATEGIES
 
@@ -85,6 +98,49 @@ def test_a_batch_leaves_nothing_behind_for_the_next_one(tiny, policy, score):
 @pytest.mark.parametrize("changes", [{}, {"compress": "snapkv", "prompt_budget": 5, "obs_window": 2}])
 def test_more_prompt_slots_than_needed_change_nothing(tiny, policy, changes):
     assert tokens(tiny, policy=policy, max_context=200, **changes) == tokens(tiny, policy=policy, **changes)
+
+
+# ---- questions: a window for each prompt
+
+ASKED = ["the cat sat on the mat? a dog and a cat", "a dog? the cat", "a cat? and a dog? the mat"]
+FINCH = {"compress": "finch", "prompt_budget": 8, "obs_window": 1}
+
+
+@pytest.mark.parametrize("after", ["?", "a", "the c", "mat"])
+def test_a_question_is_the_shortest_end_of_a_prompt_that_holds_all_text_after_the_last_delimiter(tiny, after):
+    tokenizer, prompts = tiny[1], [text for text in ASKED if after in text and not text.endswith(after)]
+    ids = [tokenizer.encode(text) for text in prompts]
+    for text, row, n in zip(prompts, ids, find_questions(tokenizer, ids, Options(question_after=after)), strict=True):
+        question = text.rpartition(after)[2]
+        ends = [len(tokenizer.decode(row[:-m])) + len(question) <= len(text) for m in range(1, len(row))]
+        assert n == ends.index(True) + 1
+
+
+def test_each_row_of_a_batch_has_its_own_question_and_generates_what_it_generates_alone(tiny):
+    """Found after a text, given in tokens, in a batch, alone, or in a conversation: all the same."""
+    numbers = find_questions(tiny[1], [tiny[1].encode(text) for text in ASKED], Options(question_after="?"))
+    assert len(set(numbers)) == 3
+    found = tokens(tiny, ASKED, question_after="?", **FINCH)
+    assert found == [
+        row.token_ids for row in generate(*tiny, ASKED, "discontinuous", questions=numbers, **RUN, **FINCH)
+    ]
+    assert found == tokens(tiny, ASKED, question_after="?", batch_size=1, **FINCH) != tokens(tiny, ASKED, **FINCH)
+    chat = Conversation(*tiny, ASKED[0], "discontinuous", question_after="?", **RUN, **FINCH)
+    assert chat.answer().token_ids == found[0]
+
+
+@pytest.mark.parametrize(
+    ("questions", "complaint"),
+    [
+        ([1, 2], "questions is [1, 2]: it must be 3 numbers, one for each prompt"),
+        ([1, 2, -1], "question 2 is -1: it must be 0 to 8"),
+        ([9, 1, 1], "question 0 is 9: it must be 0 to 8: all of them stay, so they are part of prompt_budget"),
+        ([1, 1.0, 1], "question 1 is 1.0"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused(tiny, questions, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        generate(*tiny, ASKED, questions=questions, **RUN, **FINCH)
 
 
 def test_few_widths_occur_and_none_is_much_wider_than_the_prompt():

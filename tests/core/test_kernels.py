@@ -66,8 +66,37 @@ def test_highest_keeps_each_heads_floor_and_then_the_best_of_the_row(data):
 def test_attention_from_all_queries_is_attention_from_the_last_n_of_n():
     q, k, lengths = torch.randn(2, 6, 9, 8), torch.randn(2, 3, 9, 8), torch.tensor([9, 5])
     received = kernels.received_attention(q, k, lengths)
-    torch.testing.assert_close(kernels.received_from_last(q, k, lengths, 9), received)
+    torch.testing.assert_close(kernels.received_from_last(q, k, lengths, torch.tensor([9, 9])), received)
     torch.testing.assert_close(received.sum(-1), lengths[:, None].float().expand(2, 3))
+
+
+def test_each_row_asks_with_its_own_number_of_last_queries():
+    q, k, lengths, last = torch.randn(3, 4, 9, 8), torch.randn(3, 2, 9, 8), torch.tensor([9, 7, 2]), [2, 5, 4]
+    received = kernels.received_from_last(q, k, lengths, torch.tensor(last))
+    torch.testing.assert_close(received.sum(-1), torch.tensor([2.0, 5, 2])[:, None].expand(3, 2))
+    for row, n in enumerate(last):
+        one = slice(row, row + 1)
+        alone = kernels.received_from_last(q[one], k[one], lengths[one], torch.tensor([n]))
+        torch.testing.assert_close(received[one], alone)
+
+
+def test_a_channel_that_no_query_of_the_window_uses_goes_first_and_changes_no_logit():
+    """Queries (3, 0, 1) and (4, 0, 1), keys with the sums of squares 0.1, 9, 5: the strengths are 2.5, 0 and 10."""
+    q = torch.tensor([[9.0, 9, 9], [9, 9, 9], [3, 0, 1], [4, 0, 1]])[None, None]
+    k = torch.tensor([[0.1**0.5, 3, 1], [0, 0, 2], [0, 0, 0], [0, 0, 0]])[None, None]
+    whole, two, one = (
+        kernels.zero_weak_channels(q, k, torch.arange(4)[None, None], torch.tensor([4]), torch.tensor([2]), share)
+        for share in (1.0, 0.6, 0.3)
+    )
+    assert torch.equal(whole, k)
+    assert torch.equal(two, k * torch.tensor([1, 0, 1])) and torch.equal(one, k * torch.tensor([0, 0, 1]))
+    assert torch.equal(q[:, :, 2:] @ two.mT, q[:, :, 2:] @ k.mT)
+
+
+def test_keys_in_the_window_keep_all_channels_and_tokens_that_went_do_not_count():
+    q, k, pos = torch.ones(1, 2, 4, 2), torch.tensor([[1.0, 2], [50, 1], [1, 2]])[None, None], [0, -1, 3]
+    thin = kernels.zero_weak_channels(q, k, torch.tensor([[pos]]), torch.tensor([4]), torch.tensor([1]), 0.5)
+    assert thin[0, 0, [0, 2]].tolist() == [[0, 2], [1, 2]], "the key of 50 is no token's: channel 1 is the stronger one"
 
 
 def test_write_slots_writes_only_the_named_slot_of_each_head():
@@ -138,7 +167,8 @@ def test_the_size_of_a_block_of_scores_changes_nothing(monkeypatch, block_scores
 
     def compute():
         received = kernels.received_attention(q, k, torch.tensor(lengths))
-        return received, *kernels.attend_block(q, k, v, pos, query_positions)
+        from_last = kernels.received_from_last(q, k, torch.tensor(lengths), torch.tensor([9, 4]))
+        return received, from_last, *kernels.attend_block(q, k, v, pos, query_positions)
 
     in_one_block = compute()
     monkeypatch.setattr(kernels, "BLOCK_SCORES", block_scores)

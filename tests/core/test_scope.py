@@ -1,11 +1,12 @@
 """Schedules: what each policy does to the decode pool, known before anything is computed."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from oracle import paper_budget, paper_interval, paper_selects
-from scope import SCORES, STRATEGIES, Policy, PromptPolicy, gently_linear, linear, schedule
+from scope import COMPRESSORS, SCORES, STRATEGIES, Policy, PromptPolicy, as_measured, gently_linear, linear, schedule
 
 sizes = st.integers(0, 24)
 scores, intervals = st.sampled_from(list(SCORES)), st.sampled_from([0, 0, 1, 2, 5, 30])
@@ -115,6 +116,51 @@ def test_a_linear_spread_falls_with_the_layers_and_keeps_the_mean(budget, most, 
     assert abs(sum(shares) / n_layers - min(budget, most)) <= 0.5
 
 
+@given(st.integers(1, 200), st.integers(1, 200), st.lists(st.integers(1, 99), min_size=1, max_size=12))
+def test_measured_shares_keep_the_total_and_give_more_to_those_that_need_more(budget, most, weights):
+    shares = tuple(len(weights) * weight / sum(weights) for weight in weights)
+    found = [as_measured(shares, budget, layer, len(shares), most) for layer in range(len(shares))]
+    assert sum(found) == len(found) * min(budget, most)
+    assert all(0 <= tokens <= most for tokens in found)
+    for one, tokens in zip(shares, found, strict=True):
+        assert all(tokens >= others - 1 for other, others in zip(shares, found, strict=True) if one >= other)
+
+
+def test_equal_layers_share_evenly_and_a_layer_that_is_full_leaves_its_rest_to_the_others():
+    assert [as_measured((1.0,) * 5, 7, layer, 5, 100) for layer in range(5)] == [7] * 5
+    assert [as_measured((2, 0.5, 0.5), 4, layer, 3, 100) for layer in range(3)] == [8, 2, 2]
+    assert [as_measured((2, 0.5, 0.5), 4, layer, 3, 6) for layer in range(3)] == [6, 3, 3]
+
+
+def test_shares_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="layer_shares is for 2 layers: it must be for the 3 of the model"):
+        as_measured((1.0, 1.0), 4, 0, 3, 9)
+
+
+def ranking(compress, attention, window=1):
+    """The prompt tokens by a compressor's score, the best first. attention: a row for each query, causal."""
+    n = len(attention)
+    logits = torch.tensor(attention).log().clamp(min=-99) * n**0.5  # kernels divide by the root of head_dim
+    score = COMPRESSORS[compress].score(
+        logits[None, None], torch.eye(n)[None, None], torch.tensor([n]), torch.tensor([window])
+    )
+    return score[0, 0].argsort(descending=True).tolist()
+
+
+def test_the_sum_of_attention_favours_early_tokens_and_the_mean_does_not():
+    """1.8, 0.7 and 0.5 are received, from 3, 2 and 1 queries: 0.6, 0.35 and 0.5 from each that sees the token."""
+    attention = [[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.3, 0.2, 0.5]]
+    assert ranking("h2o", attention) == [0, 1, 2]
+    assert ranking("h2o-mean", attention) == [0, 2, 1]
+
+
+def test_only_the_question_chooses_in_finch_and_without_neighbours():
+    attention = [[1.0, 0, 0, 0], [0.9, 0.1, 0, 0], [0.2, 0.6, 0.2, 0], [0.3, 0.4, 0.1, 0.2]]
+    assert ranking("finch", attention, window=1) == [1, 0, 3, 2]
+    assert ranking("finch", attention, window=2) == [1, 0, 2, 3]
+    assert ranking("finch", attention, window=4) == ranking("h2o", attention) == [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("name", "heavy", "recent", "score", "complaint"),
     [
@@ -143,6 +189,7 @@ def test_an_impossible_interval_is_refused():
         ("snapkv", 0, 1, "prompt_budget is 0: it must be 1 token or more"),
         ("snapkv", 4, 0, "obs_window is 0: it must be 1 to 4 tokens"),
         ("snapkv", 4, 5, "obs_window is 5: it must be 1 to 4 tokens"),
+        ("prefixkv", 4, 2, "layer_shares is not given: it must be the file that benchmarks/calibrate.py writes"),
     ],
 )
 def test_impossible_prompt_policies_are_refused_by_name(compress, budget, obs_window, complaint):
