@@ -219,9 +219,9 @@ def test_the_bytes_of_a_token_are_those_of_the_table(name):
 
 
 def test_a_head_that_a_format_cannot_divide_is_refused():
-    with pytest.raises(ValueError, match="head_dim 12 is no multiple of 8"):
+    with pytest.raises(ValueError, match="head_dim is 12: it must be a multiple of 8"):
         Format(4, group=32).n_groups(12)
-    with pytest.raises(ValueError, match="head_dim 6 is no multiple of 4"):
+    with pytest.raises(ValueError, match="head_dim is 6: it must be a multiple of 4"):
         Format(8).n_groups(6)
     assert Format().n_groups(5) == 1
     assert [Format(4, group=32).n_groups(head_dim) for head_dim in (32, 64, 80, 96, 128, 256)] == [1, 2, 2, 2, 4, 8]
