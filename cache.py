@@ -61,8 +61,9 @@ class Slots(nn.Module):
     def __init__(self, shape: tuple, format: Format, dtype):
         super().__init__()
         batch, n_kv_heads, n_slots, head_dim = shape
-        self.bits, minimum = format.bits, format.minimum
-        self.encode = partial(kernels.encode, bits=self.bits, n_groups=format.n_groups(head_dim), minimum=minimum)
+        self.bits, self.rotated = format.bits, format.rotated
+        rules = {"bits": format.bits, "minimum": format.minimum, "rotated": format.rotated}
+        self.encode = partial(kernels.encode, n_groups=format.n_groups(head_dim), **rules)
         one = self.encode(torch.zeros(1, n_kv_heads, 1, head_dim, dtype=dtype))
         all_slots = one.map(lambda part: part.new_zeros(batch, part.shape[1], n_slots, *part.shape[3:]))
         for name in ("codes", "scale", "low"):
@@ -70,7 +71,7 @@ class Slots(nn.Module):
 
     @property
     def stored(self) -> kernels.Stored:
-        return kernels.Stored(self.codes, self.scale, self.low, self.bits)
+        return kernels.Stored(self.codes, self.scale, self.low, self.bits, self.rotated)
 
     def read(self, n: int) -> kernels.Stored:
         """The first n slots."""

@@ -274,6 +274,7 @@ class Format:
     bits: int = 16  # 16: the model's dtype as it is, without a scale
     group: int = 0  # channels that share a scale; 0: all of the head's
     minimum: bool = False  # codes count from the group's minimum, not from 0
+    rotated: bool = False  # a Hadamard rotation comes first (kernels.rotate)
 
     def n_groups(self, head_dim: int) -> int:
         """Groups of a head: head_dim / group, or the power of two below. Raises ValueError where a word breaks up."""
@@ -288,7 +289,7 @@ FORMATS = {  # (of keys, of values)
     "model": (Format(), Format()),
     "int8": (Format(8), Format(8)),
     "k8v4": (Format(8), Format(4, minimum=True)),  # keys need more bits than values (arXiv 2502.15075)
-    "int4": (Format(4, group=32, minimum=True), Format(4, group=32, minimum=True)),
+    "int4": (Format(4, group=32, minimum=True, rotated=True), Format(4, group=32, minimum=True)),
 }
 
 
