@@ -63,8 +63,9 @@ class Slots(nn.Module):
         super().__init__()
         batch, n_kv_heads, n_slots, head_dim = shape
         self.dtype = dtype  # of what is written and unpacked
-        self.bits, minimum = format.bits, format.minimum
-        self.encode = partial(kernels.encode, bits=self.bits, n_groups=format.n_groups(head_dim), minimum=minimum)
+        self.bits, self.rotated = format.bits, format.rotated
+        rules = {"bits": format.bits, "minimum": format.minimum, "rotated": format.rotated}
+        self.encode = partial(kernels.encode, n_groups=format.n_groups(head_dim), **rules)
         one = self.encode(torch.zeros(1, n_kv_heads, 1, head_dim, dtype=dtype))
         all_slots = one.map(lambda part: part.new_zeros(batch, part.shape[1], n_slots, *part.shape[3:]))
         for name in ("codes", "scale", "low"):
@@ -72,7 +73,7 @@ class Slots(nn.Module):
 
     @property
     def stored(self) -> kernels.Stored:
-        return kernels.Stored(self.codes, self.scale, self.low, self.bits)
+        return kernels.Stored(self.codes, self.scale, self.low, self.bits, self.rotated)
 
     def read(self, end: int, start: int = 0) -> kernels.Stored:
         """The slots from `start` to `end`."""

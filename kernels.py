@@ -114,6 +114,7 @@ class Stored(NamedTuple):
     scale: Tensor | None = None
     low: Tensor | None = None
     bits: int = 16
+    rotated: bool = False  # what is stored is rotate(x)
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -125,10 +126,10 @@ class Stored(NamedTuple):
 
     def map(self, function) -> "Stored":
         """The same with `function` of each tensor."""
-        return Stored(*(None if part is None else function(part) for part in self[:3]), self.bits)
+        return Stored(*(None if part is None else function(part) for part in self[:3]), self.bits, self.rotated)
 
 
-def encode(x: Tensor, bits: int, n_groups: int, minimum: bool) -> Stored:
+def encode(x: Tensor, bits: int, n_groups: int, minimum: bool, rotated: bool = False) -> Stored:
     """x [B, H, n, head_dim] -> codes that `decode` turns back into x, up to half a scale.
 
     8 bits, (63.5, -32, 16, 0.5): scale 0.5, codes 127, -64, 32, 1. 4 bits with a minimum, (-1, 0, 2, 6.5): low -1,
@@ -136,7 +137,7 @@ def encode(x: Tensor, bits: int, n_groups: int, minimum: bool) -> Stored:
     """
     if bits == 16:
         return Stored(x)
-    grouped = x.float().unflatten(-1, (n_groups, -1))
+    grouped = (rotate(x.float()) if rotated else x.float()).unflatten(-1, (n_groups, -1))
     # First the scale is rounded to its dtype, then x is divided by it: rounded later it would cost as much as 8 bits.
     low = grouped.amin(-1).to(x.dtype) if minimum else None  # [B, H, n, n_groups]
     span = grouped.amax(-1) - low.float() if minimum else grouped.abs().amax(-1)
@@ -147,7 +148,20 @@ def encode(x: Tensor, bits: int, n_groups: int, minimum: bool) -> Stored:
     parts = codes.flatten(-2).unflatten(-1, (32 // bits, -1)).unbind(-2)  # the codes of a word are one of each part
     words = sum((part & 2**bits - 1) << bits * j for j, part in enumerate(parts))
     scale, low = (None if part is None else part.movedim(-1, 1).flatten(1, 2) for part in (scale, low))
-    return Stored(words.int().view(torch.float32), scale, low, bits)
+    return Stored(words.int().view(torch.float32), scale, low, bits, rotated)
+
+
+def rotate(x: Tensor) -> Tensor:
+    """The Walsh-Hadamard transform of [..., head_dim] float32, in blocks of a power of two; twice is x again.
+
+    It keeps every product q . k and spreads over all channels what a single one holds, so that no channel needs a wide
+    range (QuaRot, arXiv 2404.00456). (8, 0, 0, 0) becomes (4, 4, 4, 4), and (1, 2, 3, 4) becomes (5, -1, -2, 0).
+    """
+    size = x.shape[-1] & -x.shape[-1]  # the largest power of two that divides it
+    for step in range(size.bit_length() - 1):
+        a, b = x.unflatten(-1, (-1, 2, 2**step)).unbind(-2)
+        x = torch.stack((a + b, a - b), -2).flatten(-3)
+    return x * size**-0.5
 
 
 def code(x: Stored, j: int) -> Tensor:
@@ -179,7 +193,8 @@ def decode(x: Stored, dtype: torch.dtype) -> Tensor:
     for codes, scale, low in groups(x):
         channels = torch.cat(codes, -1) * scale[..., None]
         found.append(channels if low is None else channels + low[..., None])
-    return torch.cat(found, -1).to(dtype)
+    channels = torch.cat(found, -1)
+    return (rotate(channels) if x.rotated else channels).to(dtype)
 
 
 # ---- decode -----------------------------------------------------------------------------------------------
@@ -239,6 +254,7 @@ def dot(q: Tensor, k: Stored) -> Tensor:
         return (q[:, :, :, None].float() * k.codes[:, :, None].float()).sum(-1)
     # Two halves make the compiler store q as float32. Beside a bf16 operand it would convert codes one at a time.
     q = torch.cat([half.float() for half in q.chunk(2, -1)], -1)
+    q = rotate(q) if k.rotated else q
     total = 0.0
     for part, (codes, scale, low) in zip(q.chunk(k.n_groups, -1), groups(k), strict=True):
         pairs = zip(part.chunk(len(codes), -1), codes, strict=True)
@@ -265,7 +281,7 @@ def weighted_sum(prob: Tensor, v: Stored) -> Tensor:
         weight = (prob * scale[:, :, None])[..., None]
         offset = 0.0 if low is None else (prob * low[:, :, None]).sum(-1, keepdim=True)
         sums += [(weight * code[:, :, None]).sum(3) + offset for code in codes]
-    return torch.cat(sums, -1)
+    return rotate(torch.cat(sums, -1)) if v.rotated else torch.cat(sums, -1)
 
 
 def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:

@@ -369,20 +369,22 @@ class Format:
     bits: int = 16  # 16: the model's dtype as it is, without a scale
     group: int = 0  # channels that share a scale; 0: all of the head's
     minimum: bool = False  # codes count from the group's minimum, not from 0
+    rotated: bool = False  # a Hadamard rotation comes first (kernels.rotate)
 
     def n_groups(self, head_dim: int) -> int:
-        """Groups of a head: head_dim / group, rounded down to a power of two. Raises ValueError for an odd head."""
+        """Groups of a head: head_dim / group, or the power of two below. Raises ValueError where a word breaks up."""
         channels = 32 // self.bits  # of one word
-        other = f"another one: head_dim {head_dim} is no multiple of {channels}"
-        require(self.bits == 16 or head_dim % channels == 0, "kv_format", f"{self.bits} bits", other)
-        return 1 << min(head_dim // self.group, channels).bit_length() - 1 if 0 < self.group < head_dim else 1
+        wanted = f"a multiple of {channels} where K or V has {self.bits} bits: choose another --kv-format"
+        require(self.bits == 16 or head_dim % channels == 0, "head_dim", head_dim, wanted)
+        groups = min(head_dim // self.group, channels) if self.group else 1
+        return 1 << max(groups, 1).bit_length() - 1  # 3 becomes 2: the codes of a word are shared out evenly
 
 
 FORMATS = {  # (of keys, of values)
     "model": (Format(), Format()),
     "int8": (Format(8), Format(8)),
     "k8v4": (Format(8), Format(4, minimum=True)),  # keys need more bits than values (arXiv 2502.15075)
-    "int4": (Format(4, group=32, minimum=True), Format(4, group=32, minimum=True)),
+    "int4": (Format(4, group=32, minimum=True, rotated=True), Format(4, group=32, minimum=True)),
 }
 
 

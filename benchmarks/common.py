@@ -24,7 +24,7 @@ from cli.output import check_outputs
 from cli.program import Parser, note
 from generate import Options, generate, place_of, size_of
 from hf.checkpoint import find_checkpoint
-from scope import FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
+from scope import FORMATS, FULL, STRATEGIES, WHOLE_PROMPT, one_line, require, require_known
 
 # ---- flags ------------------------------------------------------------------------------------------------
 
@@ -403,7 +403,7 @@ def cache_of_one(model, prompts: list[list[int]], options: Options) -> dict:
     with torch.device("meta"):  # shapes only
         size = size_of(prompts, replace(options, batch_size=1))
         dtype = next(model.parameters()).dtype
-        own = cache.Cache(model.config, *options.rules(), size, dtype)
+        own = cache.Cache(model.config, *options.rules(), size, dtype, FORMATS[options.kv_format])
         longest = max(map(len, prompts))
         full = cache.Cache(model.config, FULL, WHOLE_PROMPT, size._replace(lengths=[longest]), dtype)
     slots = zip(("prompt_slots", "decode_slots"), own.slots, strict=True)

@@ -315,9 +315,10 @@ def swept_bytes(cache: Cache) -> list[int]:
 
 
 def bytes_per_token(cache: Cache) -> int:
-    """K and V of one token in one layer."""
-    k = cache.layers[0].k.codes
-    return 2 * k.shape[1] * k.shape[3] * k.element_size()
+    """K and V of one token in one layer, with what their storage format adds."""
+    layer = cache.layers[0]
+    n_bytes = sum(part.nbytes for slots in (layer.k, layer.v) for part in slots.buffers())
+    return n_bytes // (layer.pos.shape[0] * layer.pos.shape[2])
 
 
 WORK_COLUMNS = {

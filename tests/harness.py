@@ -19,7 +19,8 @@ from scope import COMPRESSORS, FORMATS, SCORES, STRATEGIES, Format, Policy, Prom
 
 HEAD_DIM = 8  # one word of 4-bit codes
 N_LAYERS = 3
-FEW_CHANNELS = Format(8, group=2), Format(4, group=2, minimum=True)  # several groups in a head as small as this
+# Several groups in a head as small as this.
+FEW_CHANNELS = Format(8, group=2), Format(4, group=2, minimum=True, rotated=True)
 FROZEN = [name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt]
 SHARED = [name for name in STRATEGIES if name not in FROZEN]  # prompt and output are one pool
 
@@ -257,7 +258,7 @@ class Play:
             kept = kept_of_prompt(prompt.compress, budgets[setting.layer], prompt.obs_window, question, heads)
             for h, head in enumerate(heads):
                 numbers = policy.name, *self.decode_budget(), setting.T, policy.interval
-                formats = tuple((format.bits, format.group, format.minimum) for format in setting.formats)
+                formats = tuple((f.bits, f.group, f.minimum, f.rotated) for f in setting.formats)
                 keys = thin_keys(head, kept[h], question or prompt.obs_window, prompt.key_channels)
                 place = h, setting.n_kv_heads
                 oracles[b, h] = Oracle(numbers, policy.score, place, head, kept[h], formats, keys)

@@ -82,8 +82,8 @@ class Oracle:
     ):
         """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it.
 
-        head: its number, and how many there are. formats: (bits, group, minimum) of keys and of values. keys: of the
-        prompt, as they are stored.
+        head: its number, and how many there are. formats: (bits, group, minimum, rotated) of keys and of values. keys: of
+        the prompt, as they are stored.
         """
         self.formats = formats
         self.name, self.heavy, self.recent, self.T, self.interval = setting
@@ -304,10 +304,15 @@ def received_attention(queries: list, keys: list, first: int = 0) -> list[float]
     return received
 
 
-def rounded(x: list[float], bits: int, group: int, minimum: bool) -> list[float]:
-    """A key or a value as its storage format gives it back, group of channels by group, in float32."""
+def rounded(x: list[float], bits: int, group: int, minimum: bool, turned: bool) -> list[float]:
+    """A key or a value as its storage format gives it back, group of channels by group, in float32.
+
+    turned: by a Hadamard matrix before, and back afterwards. Tests have a power of two of channels.
+    """
     if bits == 16:
         return x
+    if turned:
+        return hadamard(rounded(hadamard(x), bits, group, minimum, False))
     group, result = group or len(x), []
     for start in range(0, len(x), group):
         part = np.array(x[start : start + group], dtype=np.float32)
@@ -316,6 +321,12 @@ def rounded(x: list[float], bits: int, group: int, minimum: bool) -> list[float]
         scale = (part.max() - low if minimum else abs(part).max()) / np.float32(steps)
         result += [float(low + scale * np.rint((number - low) / scale)) if scale else float(low) for number in part]
     return result
+
+
+def hadamard(x: list[float]) -> list[float]:
+    """Row i of the matrix has a minus in column j where i and j have an odd number of ones in common."""
+    signs = [[(-1) ** (i & j).bit_count() for j in range(len(x))] for i in range(len(x))]
+    return [sum(sign * each for sign, each in zip(row, x, strict=True)) / math.sqrt(len(x)) for row in signs]
 
 
 def softmax(query: list[float], keys: list[list[float]]) -> list[float]:

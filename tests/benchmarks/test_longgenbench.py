@@ -21,7 +21,7 @@ from benchmarks.common import Predictions, Sizes
 from benchmarks.longgenbench import MISSING, RIGHT, UNREAD, WRONG, gold, main, prompt_ids
 from benchmarks.report import Scored, accuracy
 from checkpoints import make_checkpoint, write_json
-from generate import load
+from generate import Options, generate, load
 from scope import STRATEGIES
 
 ROOT = Path(__file__).parents[2]
@@ -739,3 +739,24 @@ def test_the_script_runs_from_anywhere(folder, tmp_path):
     assert done.stdout.splitlines()[0] == f"{folder} k=2 reference-rate=0.4 min-distance=1"
     assert done.stderr.endswith("slide: 6 prompts\nrecent: 6 prompts\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_8_bits_change_hardly_an_answer_of_the_bundled_model():
+    model, tokenizer = load("checkpoints/mini", dtype="float32")
+    arguments = longgenbench.parse_arguments(["--mini", "--k", "8", "--prompts", "24"])
+    prompts = [tokenizer.encode(example.prompt) for example in longgenbench.examples_of(arguments)]
+    settings = {"max_new_tokens": 130, "batch_size": len(prompts), "compile": False}
+    exact, int8 = (
+        [result.token_ids for result in generate(model, tokenizer, prompts, "full", kv_format=kv_format, **settings)]
+        for kv_format in ("model", "int8")
+    )
+    assert sum(a == b for a, b in zip(exact, int8, strict=True)) >= 0.95 * len(prompts)
+
+
+def test_the_bytes_of_a_method_are_those_of_its_storage_format():
+    model, _ = load("checkpoints/mini")
+    whole, packed = (
+        common.cache_of_one(model, [[1] * 100], Options(policy="full", kv_format=kv_format))
+        for kv_format in ("model", "int8")
+    )
+    assert packed["kv_bytes"] < 0.6 * packed["kv_bytes_full"] == 0.6 * whole["kv_bytes"]

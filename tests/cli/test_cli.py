@@ -16,7 +16,7 @@ import torch
 
 import generate
 import kernels
-from checkpoints import write_json
+from checkpoints import make_checkpoint, write_json
 from cli.main import main, payoff
 from cli.output import RowFile
 from generate import Engine, Options, Stats, load
@@ -540,6 +540,12 @@ def test_an_empty_path_is_a_mistake_and_no_wish_for_no_output(refused):
 def test_an_output_without_permission_is_refused(refused, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # tests may run as root, whom nothing stops
     assert "no permission" in refused("--prompt", "the cat")
+
+
+def test_a_head_that_does_not_fit_into_words_is_refused(refused, tmp_path):
+    checkpoint = make_checkpoint(tmp_path.parent / "odd", head_dim=12)
+    line = refused("--prompt", "the cat", "--kv-format", "k8v4", checkpoint=checkpoint)
+    assert "head_dim is 12: it must be a multiple of 8 where K or V has 4 bits: choose another --kv-format" in line
 
 
 def test_no_prompt_is_refused_unless_the_model_is_the_bundled_one(refused):

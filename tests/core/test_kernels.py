@@ -177,14 +177,14 @@ def test_the_size_of_a_block_of_scores_changes_nothing(monkeypatch, block_scores
 
 # ---- storage formats
 
-STORED = [*FORMATS.values(), (Format(8, group=2), Format(4, group=2, minimum=True))]
+STORED = [*FORMATS.values(), (Format(8, group=2, rotated=True), Format(4, group=2, minimum=True, rotated=True))]
 every_format = pytest.mark.parametrize("format", sorted({each for pair in STORED for each in pair}, key=str))
 
 
 def stored(x, format):
     """x [..., head_dim], of any shape with 4 dimensions or fewer."""
     x = x[(None,) * (4 - x.dim())]
-    return kernels.encode(x, format.bits, format.n_groups(x.shape[-1]), format.minimum)
+    return kernels.encode(x, format.bits, format.n_groups(x.shape[-1]), format.minimum, format.rotated)
 
 
 def codes(x):
@@ -201,6 +201,14 @@ def test_the_hand_examples_of_8_and_4_bits():
     assert codes(value) == [0, 2, 6, 15, 15, 6, 2, 0] and (value.scale.item(), value.low.item()) == (0.5, -1)
     assert value.codes.view(torch.int32).item() == 0x026FF620, "the first channel in the lowest bits"
     assert kernels.decode(value, torch.float32).flatten().tolist() == [-1, 0, 2, 6.5, 6.5, 2, 0, -1]
+
+
+@given(st.integers(0, 10**6), st.sampled_from([8, 64, 80, 96]))
+def test_a_rotation_keeps_products_and_undoes_itself(seed, head_dim):
+    q, k = torch.randn(2, 5, head_dim, generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close((kernels.rotate(q) * kernels.rotate(k)).sum(-1), (q * k).sum(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kernels.rotate(kernels.rotate(q)), q)
+    assert kernels.rotate(torch.tensor([[8.0, 0, 0, 0], [1, 2, 3, 4]])).tolist() == [[4, 4, 4, 4], [5, -1, -2, 0]]
 
 
 def test_a_word_holds_channels_that_lie_n_words_apart():
@@ -220,6 +228,7 @@ def test_what_is_stored_differs_by_half_a_scale_at_most(format, seed, head_dim, 
     else:
         scale = found.scale.unflatten(1, (-1, 3)).movedim(1, -1)  # [2, 3, 5, n_groups]
         most = scale.repeat_interleave(head_dim // scale.shape[-1], -1) / 2
+        x, back = (kernels.rotate(each) if format.rotated else each for each in (x, back))
         assert ((back - x).abs() <= most * 1.0001 + 1e-6 * size).all()
 
 
@@ -249,9 +258,9 @@ def test_the_bytes_of_a_token_are_those_of_the_table(name):
 
 
 def test_a_head_that_a_format_cannot_divide_is_refused():
-    with pytest.raises(ValueError, match="head_dim 12 is no multiple of 8"):
+    with pytest.raises(ValueError, match="head_dim is 12: it must be a multiple of 8"):
         Format(4, group=32).n_groups(12)
-    with pytest.raises(ValueError, match="head_dim 6 is no multiple of 4"):
+    with pytest.raises(ValueError, match="head_dim is 6: it must be a multiple of 4"):
         Format(8).n_groups(6)
     assert Format().n_groups(5) == 1
     assert [Format(4, group=32).n_groups(head_dim) for head_dim in (32, 64, 80, 96, 128, 256)] == [1, 2, 2, 2, 4, 8]
