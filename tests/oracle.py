@@ -82,8 +82,8 @@ class Oracle:
     ):
         """prompt: (queries of the group, key, value) of each prompt token; kept: the positions that stay of it.
 
-        head: its number, and how many there are. formats: (bits, group, minimum, rotated) of keys and of values. keys: of
-        the prompt, as they are stored.
+        head: its number, and how many there are. formats: (bits, group, minimum, rotated) of keys and of values. keys:
+        of the prompt, as they are stored.
         """
         self.formats = formats
         self.name, self.heavy, self.recent, self.T, self.interval = setting
