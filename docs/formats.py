@@ -1,4 +1,4 @@
-"""Draw what a byte buys in each storage format: python docs/formats.py longgenbench.json fidelity.json
+"""Draw what a byte buys in each storage format: python docs/formats.py mini.json real.json
 
 The two files are what the benchmarks write with --json, for the commands in results.md, "Tokens against precision".
 """
