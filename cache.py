@@ -88,6 +88,13 @@ class Slots(nn.Module):
         for part, new in zip(self.stored.tensors, self.encode(x).tensors, strict=True):
             part[rows, :, start : start + x.shape[2]] = new
 
+    def extend(self, x: Tensor, start: int) -> Tensor:
+        """Put x behind the first `start` slots; returns all of them, the old ones as they are stored, x exactly."""
+        self.put(x, start)
+        if self.bits == 16:
+            return self.codes[:, :, : start + x.shape[2]]  # no copy of a long context
+        return torch.cat((self.unpack(start), x), 2)
+
     def write(self, slots: Tensor, x: Tensor) -> None:
         """Write x [B, H, n, head_dim] to the slots [B, H, n]."""
         for part, new in zip(self.stored.tensors, self.encode(x).tensors, strict=True):
@@ -194,12 +201,9 @@ class LayerCache(nn.Module):
     def join(self, start: int, query_positions: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write a turn's tokens, at positions query_positions [B, n], to prompt slots from `start` on, and attend."""
         end = start + k.shape[2]
-        before = [part.unpack(start) for part in (self.k, self.v)]  # once per turn
-        self.k.put(k, start)
-        self.v.put(v, start)
+        k, v = self.k.extend(k, start), self.v.extend(v, start)
         self.pos[:, :, start:end] = query_positions[:, None]
         pos = self.pos[:, :, :end]
-        k, v = (torch.cat(pair, 2) for pair in zip(before, (k, v), strict=True))  # what is new is read exactly
         y, received = kernels.attend_block(q, k, v, pos, query_positions)
         if self.prompt_is_evictable and self.scores_every_step:
             self.score[:, :, start:end] = 0.0
