@@ -141,9 +141,10 @@ def summary(batches: list[Stats]) -> str:
     """The statistics of a run, for a person."""
     s = batches[-1]
     prefill, decode = sum(b.prefill_s for b in batches), sum(b.decode_s for b in batches)
+    packed = "" if s.kv_format == Options.kv_format else f" in {s.kv_format}"
     return (
         f"\npolicy   {s.policy}: heavy {s.heavy} + recent {s.recent} generated tokens per KV head, score {s.score}\n"
-        f"cache    {s.prompt_slots} prompt + {s.decode_slots} decode slots, {s.kv_bytes / 1e6:.2f} MB ({s.kv_format}): "
+        f"cache    {s.prompt_slots} prompt + {s.decode_slots} decode slots, {s.kv_bytes / 1e6:.2f} MB{packed}: "
         f"{s.kv_bytes / s.kv_bytes_full:.0%} of the full cache's {s.kv_bytes_full / 1e6:.2f} MB\n"
         f"time     prefill {prefill:.2f} s, compile {s.compile_s:.1f} s, decode {decode:.2f} s{payoff(batches)}\n"
         f"speed    {tokens_of(batches):.0f} tokens in decode steps, {tokens_of(batches) / decode:.1f} tokens/s"

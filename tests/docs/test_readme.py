@@ -141,10 +141,10 @@ def test_the_new_score_works_as_printed(tmp_path):
     for name in ("hf", "cli", "checkpoints"):
         shutil.copytree(ROOT / name, tmp_path / name)
     [new] = [block for language, block in blocks(README) if language == "python" and "SCORES" in block]
-    function, row = new.split("SCORES = {\n    # beside the others:\n")
+    function, row = new.removesuffix("}\n").split("SCORES = {\n    # beside the others:\n")
     scope = (tmp_path / "scope.py").read_text()
     assert scope.count("\nSCORES = {\n") == 1
-    (tmp_path / "scope.py").write_text(scope.replace("SCORES = {\n", f"{function}SCORES = {{\n{row.removesuffix('}')}"))
+    (tmp_path / "scope.py").write_text(scope.replace("SCORES = {\n", f"{function}SCORES = {{\n{row}"))
     settings = "--score best_ever --no-compile --max-new-tokens 40 --heavy 8 --recent 8 --policy slide"
     assert "score best_ever" in run("generate.py", *settings.split(), cwd=tmp_path)
 
