@@ -31,10 +31,15 @@ READ_LENGTHS = 4  # ... and has at most so many lengths: each one compiles graph
 class CacheSize(NamedTuple):
     """The batch, the prompts and the output that a cache must have room for."""
 
-    batch: int
+    batch: int  # answers that are decoded together
     lengths: list[int]  # tokens of the prompts
     T: int  # most tokens to generate; in a conversation, in each turn
     prompt_slots: int = 0  # per KV head of every layer, for the prompt and later turns; 0: what the prompts need
+    samples: int = 1  # answers to each prompt, which share its slots
+
+    @property
+    def prompts(self) -> int:
+        return self.batch // self.samples
 
 
 class CacheSnapshot(NamedTuple):
@@ -101,19 +106,35 @@ class Slots(nn.Module):
             kernels.write_slots(part, slots.repeat(1, part.shape[1] // slots.shape[1], 1), new)
 
 
-class LayerCache(nn.Module):
-    """The slots of one layer. `fill`, `join`, `append` and `select` are what the model calls attention."""
+class SharedPrompt(nn.Module):
+    """The prompts' slots of one layer, a row for each prompt, where several answers to it read the same row."""
 
-    def __init__(self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, formats, dtype):
+    def __init__(self, shape: tuple, formats, dtype):
+        super().__init__()
+        self.prompt_slots = shape[2]
+        self.k, self.v = (Slots(shape, format, dtype) for format in formats)
+        self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
+
+
+class LayerCache(nn.Module):
+    """The slots of one layer. `fill`, `join`, `append` and `select` are what the model calls attention.
+
+    shared: where the prompt's slots are, if not in front of the decode slots; prompt_slots is 0 then.
+    """
+
+    def __init__(
+        self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, formats, dtype, shared=None
+    ):
         super().__init__()
         batch, n_kv_heads, n_slots, _ = shape  # and head_dim
         self.layer = layer
+        self.shared: SharedPrompt | None = shared
         self.prompt_slots = prompt_slots
         self.max_evict = max_evict
         self.policy = policy
         self.first_evictable = prompt_slots if policy.strategy.frozen_prompt else 0  # slot
         self.scores_every_step = bool(max_evict) and policy.ranking.every_step
-        self.prompt_is_evictable = bool(max_evict) and self.first_evictable == 0
+        self.prompt_is_evictable = bool(max_evict) and not policy.strategy.frozen_prompt
         n_scores = n_slots - self.first_evictable if max_evict else 0
         self.k, self.v = (Slots(shape, format, dtype) for format in formats)
         self.register_buffer("pos", torch.full(shape[:3], -1, dtype=torch.int32))
@@ -124,10 +145,16 @@ class LayerCache(nn.Module):
         self.register_buffer("gaps", torch.zeros(batch, n_kv_heads, n_gaps, dtype=torch.int32))
         self.register_buffer("number", torch.tensor([layer]))  # an int would make each layer compile a graph of its own
 
+    @property
+    def prompt(self) -> "LayerCache | SharedPrompt":
+        """What holds the slots of the prompt: `k`, `v`, `pos` and `prompt_slots`."""
+        return self.shared or self
+
     def reset(self) -> None:
         for buffer in (*self.k.buffers(), *self.v.buffers(), self.score, self.victims):
             buffer.zero_()
         self.pos.fill_(-1)
+        self.prompt.pos.fill_(-1)
 
     # ---- prefill
 
@@ -146,17 +173,17 @@ class LayerCache(nn.Module):
             k, v, score = pick(k, pos), pick(v, pos), pick(score[..., None], pos)[..., 0]
         if prompt.key_channels < 1:
             k = kernels.zero_weak_channels(q, k, pos, lengths, window, prompt.key_channels)
-        n = min(pos.shape[2], self.prompt_slots)  # what is cut off is padding
-        self.k.put(k[:, :, :n], 0, rows)
-        self.v.put(v[:, :, :n], 0, rows)
-        self.pos[rows, :, :n] = pos[:, :, :n]
+        n = min(pos.shape[2], self.prompt.prompt_slots)  # what is cut off is padding
+        self.prompt.k.put(k[:, :, :n], 0, rows)
+        self.prompt.v.put(v[:, :, :n], 0, rows)
+        self.prompt.pos[rows, :, :n] = pos[:, :, :n]
         if self.prompt_is_evictable:
             self.score[rows, :, :n] = score[:, :, :n]
         return y
 
     def repeat_row(self, n: int) -> None:
-        """Copy row n - 1 to all rows after it."""
-        for buffer in (*self.k.buffers(), *self.v.buffers(), self.pos, self.score):
+        """Copy the prompt in row n - 1 to all rows after it."""
+        for buffer in (*self.prompt.k.buffers(), *self.prompt.v.buffers(), self.prompt.pos, self.score):
             buffer[n:] = buffer[n - 1]
 
     def count_prompt(self, lengths: Tensor) -> None:
@@ -185,7 +212,8 @@ class LayerCache(nn.Module):
         in_window = kernels.slot_numbers(k) >= (lengths - window.to(k.device))[:, None, None]
         others = (kept - prompt.obs_window).clamp(min=0)
         floor = kept - others + (others * prompt.compressor.head_floor).long()
-        return kernels.highest(score.masked_fill(in_window, torch.inf), lengths, kept, floor, self.prompt_slots)
+        score = score.masked_fill(in_window, torch.inf)
+        return kernels.highest(score, lengths, kept, floor, self.prompt.prompt_slots)
 
     # ---- later turns of a conversation
 
@@ -230,6 +258,14 @@ class LayerCache(nn.Module):
             self.evict(now)
         return y
 
+    @property
+    def all_pos(self) -> Tensor:
+        """[B, H, n]: the positions in the prompt's slots, then in the decode slots."""
+        if not self.shared:
+            return self.pos
+        answers = self.pos.shape[0] // self.shared.pos.shape[0]
+        return torch.cat((self.shared.pos.repeat_interleave(answers, 0), self.pos), 2)
+
     def write_token(self, now: StepInput, k: Tensor, v: Tensor) -> None:
         slot = self.next_slot(*self.of_layer(now.plan)[:2])
         self.k.write(slot, k)
@@ -251,21 +287,19 @@ class LayerCache(nn.Module):
         return torch.where(reuse >= 0, victim, fresh)
 
     def attend(self, now: StepInput, q: Tensor) -> tuple[Tensor, Tensor]:
-        """Attention over the slots in use, and the probabilities that it gives them, [B, H, prompt_slots + reads]."""
-        n = self.prompt_slots + now.reads
-        k, v, pos = self.k.read(n), self.v.read(n), self.pos[:, :, :n]
-        end = now.prompt_reads[self.layer] if now.prompt_reads else self.prompt_slots
-        gap = self.prompt_slots - end
+        """Attention over the slots in use, and the probability of this layer's own, [B, H, prompt_slots + reads]."""
+        end = now.prompt_reads[self.layer] if now.prompt_reads else self.prompt.prompt_slots
+        n, gap = self.prompt_slots + now.reads, self.prompt_slots - end
+        if self.shared:
+            y, (_, prob) = kernels.attend_slots(q, slots_between(self.shared, 0, end), slots_between(self, 0, n))
+            return y, prob
         if gap < READ_BUCKET:
-            return kernels.attend_slots(q, k, v, pos >= 0)
-
-        # A conversation may have thousands of prompt slots that it has not reached yet. To leave them out costs a copy
-        # of the others, which pays where the gap is wide.
-        def without_gap(x: Tensor) -> Tensor:
-            return torch.cat((x[:, :, :end], x[:, :, end + gap :]), 2)
-
-        y, prob = kernels.attend_slots(q, k.map(without_gap), v.map(without_gap), without_gap(pos) >= 0)
-        return y, torch.cat((prob[:, :, :end], prob.new_zeros(*prob.shape[:2], gap), prob[:, :, end:]), 2)
+            y, (prob,) = kernels.attend_slots(q, slots_between(self, 0, n))
+            return y, prob
+        # A conversation may have thousands of prompt slots that it has not reached yet.
+        before, after = slots_between(self, 0, end), slots_between(self, end + gap, n)
+        y, (first, last) = kernels.attend_slots(q, before, after)
+        return y, torch.cat((first, first.new_zeros(*first.shape[:2], gap), last), 2)
 
     def evictable_pos(self, now: StepInput) -> Tensor:
         """[B, H, n]: the positions in the slots that compete for staying."""
@@ -332,6 +366,11 @@ class StepAttention(NamedTuple):
         return (self.layer.select if self.select else self.layer.append)(self.now, q, k, v)
 
 
+def slots_between(buffers: LayerCache | SharedPrompt, start: int, end: int) -> kernels.Part:
+    live = buffers.pos[:, :, start:end] >= 0
+    return kernels.Part(buffers.k.read(end, start), buffers.v.read(end, start), live)
+
+
 def pick(x: Tensor, pos: Tensor) -> Tensor:
     """x [B, H, S, d] at the positions pos [B, H, n] -> [B, H, n, d]. Where pos is -1, the values mean nothing."""
     return x.gather(2, pos.clamp(min=0).long()[..., None].expand(-1, -1, -1, x.shape[3]))
@@ -358,24 +397,28 @@ class Cache(nn.Module):
         self.config = config
         self.policy = policy
         self.prompt = prompt
+        self.samples = size.samples
         policies = [for_layer(policy, layer, config.n_layers) for layer in range(config.n_layers)]
         schedules = [schedule(each, size.T) for each in policies]
         self.layers = nn.ModuleList()
         for layer, (each, plan) in enumerate(zip(policies, schedules, strict=True)):
-            prompt_slots = self.allocated_for(layer, size)
+            prompt_slots, shared = self.allocated_for(layer, size), None
+            if size.samples > 1:
+                shape = (size.prompts, config.n_kv_heads, prompt_slots, config.head_dim)
+                prompt_slots, shared = 0, SharedPrompt(shape, formats, dtype)
             shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
-            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, formats, dtype))
+            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, formats, dtype, shared))
         steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
         in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
         self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step
         self.graph_keys = self.find_graph_keys(steps, max(plan.n_slots for plan in schedules))
         numbers = 4 if policy.strategy.candidates else 3  # of a StepPlan: nobody else reads `pair`
         self.register_buffer("plan", torch.tensor(steps)[..., :numbers].clone())  # [T, n_layers, numbers]
-        self.register_buffer("lengths", torch.zeros(size.batch, dtype=torch.int64))  # tokens before the output
-        kept = torch.zeros(config.n_layers, size.batch, dtype=torch.int64)
+        self.register_buffer("lengths", torch.zeros(size.prompts, dtype=torch.int64))  # tokens before the output
+        kept = torch.zeros(config.n_layers, size.prompts, dtype=torch.int64)
         self.register_buffer("kept", kept)  # prompt tokens kept per KV head, the mean of the heads
         self.used = [0] * config.n_layers  # prompt slots in use, of each layer
-        self.windows = [prompt.obs_window] * size.batch  # the last tokens of each prompt, which choose and stay
+        self.windows = [prompt.obs_window] * size.prompts  # the last tokens of each prompt, which choose and stay
         self.position = 0  # of the next token that a conversation reads
 
     def allocated_for(self, layer: int, size: CacheSize) -> int:
@@ -421,8 +464,8 @@ class Cache(nn.Module):
     @property
     def slots(self) -> tuple[list[int], list[int]]:
         """Prompt slots and decode slots of each layer."""
-        prompt = [layer.prompt_slots for layer in self.layers]
-        return prompt, [layer.pos.shape[2] - n for layer, n in zip(self.layers, prompt, strict=True)]
+        decode = [layer.pos.shape[2] - layer.prompt_slots for layer in self.layers]
+        return [layer.prompt.prompt_slots for layer in self.layers], decode
 
     @property
     def nbytes(self) -> int:
@@ -437,8 +480,9 @@ class Cache(nn.Module):
 
     def positions(self) -> Tensor:
         """[n_layers, B, n_kv_heads, n_slots] int32: the position in each slot, -1: dead; short layers end in -1."""
-        n_slots = max(layer.pos.shape[2] for layer in self.layers)
-        return torch.stack([pad(layer.pos, (0, n_slots - layer.pos.shape[2]), value=-1) for layer in self.layers])
+        found = [layer.all_pos for layer in self.layers]
+        n_slots = max(pos.shape[2] for pos in found)
+        return torch.stack([pad(pos, (0, n_slots - pos.shape[2]), value=-1) for pos in found])
 
     # ---- one run: prefill, then steps
 
@@ -451,7 +495,7 @@ class Cache(nn.Module):
             layer.reset()
 
     def begin_prefill(self, lengths: list[int], questions: Sequence[int] = ()) -> None:
-        """Prepare for prompts of these lengths, one a row. questions: the last tokens of each, which choose what stays
+        """Prepare for prompts of these lengths. questions: the last tokens of each, which choose what stays
         of it and stay themselves; 0: obs_window of them."""
         kept = [[self.kept_of(layer.layer, length) for length in lengths] for layer in self.layers]
         self.used = [self.slots_for(layer.layer, lengths) for layer in self.layers]
@@ -461,7 +505,7 @@ class Cache(nn.Module):
         self.kept.copy_(torch.tensor(kept))
 
     def prefill_attention(self, rows: Tensor) -> list:
-        """The attention of each layer that reads the right-padded prompts of these rows [n]."""
+        """The attention of each layer that reads the right-padded prompts of these numbers [n]."""
         lengths, kept = self.lengths[rows], self.kept[:, rows]
         window = torch.tensor([self.windows[row] for row in rows.tolist()])  # on the host: its maximum is a shape
         all_stay = (kept == lengths).all(1).tolist()  # of each layer; one look at the device for all of them
@@ -470,7 +514,7 @@ class Cache(nn.Module):
         return [partial(layer.fill, rows, lengths, window, keep, self.prompt) for layer, keep in pairs]
 
     def end_prefill(self, n: int) -> None:
-        """All rows below n are read; the rows after them become copies of the last one."""
+        """All prompts below n are read; those after them become copies of the last one."""
         for layer in self.layers:
             layer.repeat_row(n)
             if layer.prompt_is_evictable:
@@ -478,7 +522,8 @@ class Cache(nn.Module):
 
     def step_input(self, t: int, reads: int) -> StepInput:
         """The input of step t, counted from 1, for a graph that reads this many decode slots and all prompt slots."""
-        return StepInput(reads, None, self.lengths + (t - 1), self.plan[t - 1])
+        position = (self.lengths + (t - 1))[:, None].expand(-1, self.samples).flatten()  # [B]
+        return StepInput(reads, None, position, self.plan[t - 1])
 
     def eager_step_input(self, t: int) -> StepInput:
         """The input of step t that reads the slots in use and no others: no graph was compiled for a number of them."""

@@ -76,6 +76,7 @@ class Options:
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
     top_p: float = option(1.0, "sample from the likeliest tokens with this total probability")
     seed: int = option(0, "of the sampling; prompt i draws the same numbers in any batch (in float32: the same tokens)")
+    samples: int = option(1, "answers to each prompt, which is stored once for all; sample 2 is as with --seed SEED+2")
     ignore_eos: bool = option(False, "do not stop at a stop token")
     stop: tuple = option((), "end an answer before this text; may be given several times")
     batch_size: int = option(8, "most prompts that run together")
@@ -86,12 +87,19 @@ class Options:
     compile: bool = option(True, "compile the decode step (--no-compile: start at once, slower steps)")
 
     def __post_init__(self):
-        self.rules()
+        policy, _ = self.rules()
         require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 or more")
         require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
+        require(self.samples >= 1, "samples", self.samples, "1 or more")
+        require(self.seed + self.samples <= 2**63, "samples", self.samples, f"at most 2**63 - {self.seed}, the seed")
+        frozen = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt)
+        shares = self.samples == 1 or policy.strategy.frozen_prompt
+        require(shares, "samples", self.samples, f"1 where answers evict the prompt: choose a policy of {frozen}")
+        differ = self.samples == 1 or self.temperature > 0
+        require(differ, "samples", self.samples, "1 without a temperature: all answers would be the same")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
         require(self.max_context >= 0, "max_context", self.max_context, "0 (automatic) or more")
         object.__setattr__(self, "stop", tuple(self.stop))
@@ -172,7 +180,8 @@ class Stats:
 class Result:
     """One line of --output. `token_ids` are the generated ones; `stats` are those of the row's batch."""
 
-    index: int
+    index: int  # of the prompt
+    sample: int  # of its answers, counted from 0
     prompt_len: int
     token_ids: list[int]
     text: str
@@ -208,9 +217,10 @@ def generate(
     """Results in the order of `prompts` (texts, or lists of token ids), each as soon as its batch is through.
 
     policy: a name, with more fields of Options in `settings`, or Options. questions: how many tokens at the end of each
-    prompt are its question (`question_after` finds them in a text). on_text(index, text) gets text as it comes,
-    on_step(cache) the cache after prefill and after every step. The tokenizer needs `encode`, `decode`, `stream` and
-    `stop_ids`. Raises ValueError, before anything is computed, for a prompt or a setting that cannot be run.
+    prompt are its question (`question_after` finds them in a text). on_text(number, text) gets text as it comes; with 4
+    samples, answers 0 to 3 are those of prompt 0. on_step(cache) gets the cache after prefill and after every step. The
+    tokenizer needs `encode`, `decode`, `stream` and `stop_ids`. Raises ValueError, before anything is computed, for a
+    prompt or a setting that cannot be run.
     """
     options = options_from(policy, settings)
     require(not isinstance(prompts, str), "prompts", repr(prompts[:40]), "a list of prompts: put the text in brackets")
@@ -277,15 +287,16 @@ def question_len(tokenizer, name: str, ids: list[int], after: str) -> int:
 def size_of(prompts: list[list[int]], options: Options) -> CacheSize:
     """The size of the one cache that all batches of a run share."""
     lengths = sorted({len(ids) for ids in prompts})
-    return CacheSize(min(options.batch_size, len(prompts)), lengths, options.max_new_tokens, options.max_context)
+    batch = min(options.batch_size, len(prompts)) * options.samples
+    return CacheSize(batch, lengths, options.max_new_tokens, options.max_context, options.samples)
 
 
 def run(engine: "Engine", tokenizer, requests: list[Request], on_text=no_callback, on_step=no_callback):
-    """Yields the Result of each request, batch after batch through the same buffers."""
-    size = engine.size.batch
+    """Yields the Results of each request, batch after batch through the same buffers."""
+    size, samples = engine.size.prompts, range(engine.options.samples)
     for start in range(0, len(requests), size):
         batch = requests[start : start + size]
-        rows = [Row(request, tokenizer.stream(), engine.options.stop) for request in batch]
+        rows = [Row(request, sample, tokenizer.stream(), engine.options) for request in batch for sample in samples]
         interrupt = None
         try:
             ids, indexes = [request.ids for request in batch], [request.index for request in batch]
@@ -320,7 +331,7 @@ def decode_rows(
     deliver(engine, rows, pending, on_text)
     for row in rows:
         if not row.finish_reason:
-            on_text(row.index, row.end("interrupted"))
+            on_text(row.number, row.end("interrupted"))
 
 
 def deliver(engine: "Engine", rows: list["Row"], pending: list[Tensor], on_text) -> None:
@@ -329,20 +340,23 @@ def deliver(engine: "Engine", rows: list["Row"], pending: list[Tensor], on_text)
     for i, row in enumerate(rows):
         tokens = [step[i] for step in steps]
         if kernels.BROKEN in tokens and not row.finish_reason:
-            broken = f"prompt {row.index}: the logits of token {len(row.tokens) + tokens.index(kernels.BROKEN) + 1}"
+            broken = (
+                f"prompt {row.request.index}: the logits of token {len(row.tokens) + tokens.index(kernels.BROKEN) + 1}"
+            )
             raise ValueError(f"{broken} are not finite: try --dtype float32, or other weights")
         if text := row.take([token for token in tokens if token >= 0], bool(stopped[i])):
-            on_text(row.index, text)
+            on_text(row.number, text)
 
 
 class Row:
-    """One request of a running batch, on the host's side."""
+    """One answer of a running batch, on the host's side."""
 
-    def __init__(self, request: Request, stream: "hf.tokenizer.TextStream", stop: tuple[str, ...]):  # noqa: F821
-        self.index = request.index
+    def __init__(self, request: Request, sample: int, stream: "hf.tokenizer.TextStream", options: Options):  # noqa: F821
         self.request = request
+        self.sample = sample
+        self.number = request.index * options.samples + sample  # of the answer, in the run
         self.stream = stream
-        self.stop = stop
+        self.stop = options.stop
         self.tokens: list[int] = []  # generated, a stop token included
         self.text = ""  # of these tokens, as far as its characters are whole
         self.shown = 0  # characters of it that are out
@@ -384,7 +398,8 @@ class Row:
     def result(self, tokenizer, stats: Stats) -> Result:
         text = tokenizer.decode(self.tokens[:-1] if self.stop_token else self.tokens)
         text = text[: kept_before(text, self.stop)]
-        return Result(self.index, len(self.request.ids), self.tokens, text, self.finish_reason, stats)
+        request = self.request
+        return Result(request.index, self.sample, len(request.ids), self.tokens, text, self.finish_reason, stats)
 
 
 def kept_before(text: str, stops: tuple[str, ...]) -> int:
@@ -438,7 +453,7 @@ class Engine:
         self.token: Tensor  # [B] to feed next
         self.stopped: Tensor  # [B] bool
         self.steps: int  # decode steps since the prompt or the turn was read
-        self.start_turn([0] * size.batch)
+        self.start_turn([0] * size.prompts)
         self.prefill_s = 0.0
         self.prompt_live = 0.0  # tokens that the fullest row held before the first step
         self.decode_started = 0.0
@@ -497,25 +512,25 @@ class Engine:
     def reset(self, indexes: list[int] | None = None) -> None:
         """Forget the batch before. indexes: the numbers of the prompts that follow."""
         self.cache.reset()
-        self.start_turn(indexes or [0] * self.size.batch)
+        self.start_turn(indexes or [0] * self.size.prompts)
 
     @torch.inference_mode()
     def start_turn(self, indexes: list[int]) -> None:
-        """Draw the sampling noise anew. It depends on the seed and on each row's index, and on nothing else."""
+        """Draw the sampling noise anew. It depends on the seed and on each prompt's index, and on nothing else."""
         self.noise = kernels.draw_noise(self.options, indexes).to(self.device)
-        self.token = torch.zeros(len(indexes), dtype=torch.int64, device=self.device)
-        self.stopped = torch.zeros(len(indexes), dtype=torch.bool, device=self.device)
+        self.token = torch.zeros(self.size.batch, dtype=torch.int64, device=self.device)
+        self.stopped = torch.zeros(self.size.batch, dtype=torch.bool, device=self.device)
         self.steps = 0
 
     @torch.inference_mode()
     def prefill(self, prompts: list[list[int]], indexes: list[int], questions: list[int] | None = None) -> Tensor:
-        """Read the prompts, those of one width together; returns each row's first token [B].
+        """Read the prompts, those of one width together; returns each answer's first token [B].
 
         questions: tokens of each prompt's question, as in Request. A batch that is shorter than the cache is filled up
-        with copies of its last row.
+        with copies of its last prompt.
         """
         started = time.perf_counter()
-        missing = self.size.batch - len(prompts)
+        missing = self.size.prompts - len(prompts)
         self.reset(indexes + indexes[-1:] * missing)
         lengths, questions = [len(ids) for ids in prompts], questions or [0] * len(prompts)
         self.cache.begin_prefill(lengths + lengths[-1:] * missing, questions + questions[-1:] * missing)
@@ -527,7 +542,8 @@ class Engine:
             hidden |= zip(rows, self.read_rows(rows, [prompts[row] for row in rows], width), strict=True)
         self.cache.end_prefill(len(prompts))
         last = len(prompts) - 1
-        return self.sample_first(torch.stack([hidden[min(i, last)] for i in range(self.size.batch)]), started)
+        rows = [hidden[min(i // self.size.samples, last)] for i in range(self.size.batch)]
+        return self.sample_first(torch.stack(rows), started)
 
     def read_rows(self, rows: list[int], prompts: list[list[int]], width: int) -> Tensor:
         """Read prompts as one right-padded block; returns the hidden state of each one's last token, [n, hidden]."""
@@ -678,6 +694,7 @@ class Conversation:
         ids = tokenizer.encode(context) if isinstance(context, str) else context
         self.tokenizer = tokenizer
         self.options = replace(options, max_context=slots)
+        require(options.samples == 1, "samples", options.samples, "1 in a conversation, which goes on from its answer")
         check_run(model.config, [ids], self.options)
         questions = find_questions(tokenizer, [ids], self.options)
         self.engine = Engine(model, self.options, tokenizer.stop_ids, size_of([ids], self.options))
@@ -711,7 +728,7 @@ class Conversation:
         if self.opening is None:
             raise ValueError(f"turn {self.turn} has nothing to answer: read something first")
         request, (first_token, _) = Request(self.turn, self.read_last, self.options.max_new_tokens), self.opening
-        row = Row(request, self.tokenizer.stream(), self.options.stop)
+        row = Row(request, 0, self.tokenizer.stream(), self.options)
         self.opening = None  # an answer that is interrupted leaves nothing to go on from
         # Each step is looked at: a device that ran past the stop token would evict what a later turn could still use.
         decode_rows(self.engine, [row], first_token, 1, on_text, on_step, should_stop)

@@ -230,19 +230,57 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def attend_slots(q: Tensor, k: Stored, v: Stored, live: Tensor) -> tuple[Tensor, Tensor]:
+class Part(NamedTuple):
+    """Slots of some buffer, as attention reads them. A dead slot has live = False."""
+
+    k: Stored  # [B, H, n, head_dim]
+    v: Stored
+    live: Tensor  # [B, H, n] bool
+
+
+def attend_slots(q: Tensor, *parts: Part) -> tuple[Tensor, list[Tensor]]:
     """Attention of one query per row over the live slots. Their order means nothing: RoPE is already in the keys.
 
-    q [B, H * G, 1, head_dim], k and v [B, H, n_slots, head_dim], live [B, H, n_slots] bool
-    -> output [B, H * G, 1, head_dim], probability [B, H, n_slots] float32, averaged over the group.
+    q [B, H * G, 1, head_dim]. One softmax runs over all parts. A part with fewer rows than B is shared: rows 0 to 3 of
+    a B of 8 read its row 0, rows 4 to 7 its row 1, and each of its rows is read once for all four.
+    -> output [B, H * G, 1, head_dim], probability of each part's slots, [B, H, n] float32, averaged over the group.
     """
-    grouped = q.unflatten(1, (live.shape[1], -1)).squeeze(3)  # [B, H, G, head_dim]: K is read once per group
-    folds = fuses(q) or torch.compiler.is_compiling() and k.scale is not None
-    logits = dot(grouped, k) if folds else (grouped @ decode(k, q.dtype).transpose(-1, -2)).float()
+    grouped = q.unflatten(1, (parts[0].live.shape[1], -1)).squeeze(3)  # [B, H, G, head_dim]: K is read once per group
+    logits = [attention_logits(grouped, part.k, part.live) for part in parts]
+    prob = (logits[0] if len(parts) == 1 else torch.cat(logits, -1)).softmax(-1)  # [B, H, G, slots of all parts]
+    probs = prob.split([part.live.shape[2] for part in parts], -1)
+    y = sum(attention_output(p, part.v, q.dtype) for p, part in zip(probs, parts, strict=True)).to(q.dtype)
+    return y.flatten(1, 2).unsqueeze(2), [p.mean(2) for p in probs]
+
+
+def attention_logits(q: Tensor, k: Stored, live: Tensor) -> Tensor:
+    """q [B, H, G, head_dim], k of B rows or fewer -> [B, H, G, n] float32, -inf where a slot is dead."""
+    rows = together(q, live.shape[0])
+    logits = dot(rows, k) if folds(q, k) else (rows @ decode(k, q.dtype).transpose(-1, -2)).float()
     logits = (logits * q.shape[-1] ** -0.5).masked_fill(~live[:, :, None], float("-inf"))
-    prob = logits.softmax(-1)  # [B, H, G, n_slots]
-    y = weighted_sum(prob, v).to(q.dtype) if folds else prob.to(q.dtype) @ decode(v, q.dtype)
-    return y.flatten(1, 2).unsqueeze(2), prob.mean(2)
+    return apart(logits, q.shape[0])
+
+
+def attention_output(prob: Tensor, v: Stored, dtype: torch.dtype) -> Tensor:
+    """prob [B, H, G, n], v of B rows or fewer -> [B, H, G, head_dim], in float32 where it is one compiled loop."""
+    rows = together(prob, v.codes.shape[0])
+    y = weighted_sum(rows, v) if folds(prob, v) else rows.to(dtype) @ decode(v, dtype)
+    return apart(y, prob.shape[0])
+
+
+def folds(x: Tensor, stored: Stored) -> bool:
+    """Whether the product is written as sums that compile into one loop, which unpacks codes as it reads them."""
+    return fuses(x) or torch.compiler.is_compiling() and stored.scale is not None
+
+
+def together(x: Tensor, rows: int) -> Tensor:
+    """[B, H, G, n] -> [rows, H, B / rows * G, n]: the queries that share a row are one large group."""
+    return x if x.shape[0] == rows else x.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def apart(x: Tensor, B: int) -> Tensor:
+    """The inverse: [rows, H, B / rows * G, n] -> [B, H, G, n]."""
+    return x if x.shape[0] == B else x.unflatten(2, (B // x.shape[0], -1)).transpose(1, 2).flatten(0, 1)
 
 
 def dot(q: Tensor, k: Stored) -> Tensor:
@@ -433,9 +471,11 @@ class Sampler(nn.Module):
 
 
 def draw_noise(options, indexes: list[int]) -> Tensor:
-    """[T, B] uniform numbers, one per token. They are drawn before the run, so no graph holds a random state."""
+    """[T, B] uniform numbers, one per token, for all samples of each prompt: sample 2 draws as seed + 2 does alone.
+
+    They are drawn before the run, so no graph holds a random state."""
+    seeds = [(options.seed + s) * 1_000_003 + index for index in indexes for s in range(options.samples)]
     if options.temperature == 0:
-        return torch.zeros(options.max_new_tokens, len(indexes), device="cpu")
-    seeds = [(options.seed * 1_000_003 + index) % 2**63 for index in indexes]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return torch.zeros(options.max_new_tokens, len(seeds), device="cpu")
+    generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
     return torch.stack([torch.rand(options.max_new_tokens, generator=g, device="cpu") for g in generators], dim=1)

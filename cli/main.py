@@ -84,17 +84,21 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     identity = identity_of(options, model)
     with output:
         done = output.finished(identity, [digest(request) for request in requests])
+        samples = range(options.samples)
+        wanted = {(request.index, sample) for request in requests for sample in samples}
         if done:
-            note(f"{len(done)} of {len(prompts)} prompts have a row in {arguments.output} already")
-        missing = [request for request in requests if request.index not in done]
+            note(f"{len(wanted & done)} of {len(wanted)} answers have a row in {arguments.output} already")
+        missing = [request for request in requests if any((request.index, sample) not in done for sample in samples)]
         if not missing:
             return
         engine = Engine(model, options, tokenizer.stop_ids, size_of(ids, options))
-        printer = Printer([request.index for request in missing], goes_on=arguments.output is not None)
+        answers = [request.index * options.samples + sample for request in missing for sample in samples]
+        printer = Printer(answers, goes_on=arguments.output is not None)
         batches: dict[int, Stats] = {}
         for result in generate.run(engine, tokenizer, missing, printer.print_piece, trace or generate.no_callback):
-            output.write(row_of(result, identity, requests[result.index], prompts[result.index].id))
-            printer.end_prompt()
+            if (result.index, result.sample) not in done:
+                output.write(row_of(result, identity, requests[result.index], prompts[result.index].id))
+            printer.end_answer()
             batches[id(result.stats)] = result.stats
     if trace:
         trace.save()
@@ -115,7 +119,13 @@ def request_of(index: int, prompt: Prompt, ids: list[int], question: int, option
     return Request(index, ids, most, question)
 
 
-NO_MATTER = {"device", "compile", "batch_size", "max_context"}  # fields of Options that change no token in float32
+NO_MATTER = {
+    "device",
+    "compile",
+    "batch_size",
+    "max_context",
+    "samples",
+}  # fields of Options that change no token in float32
 
 
 def identity_of(options: Options, model) -> dict:
@@ -176,6 +186,8 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
     """Hold a conversation, one line a turn, until the end of input. Each turn reads only what is new."""
     if arguments.trace:
         raise ValueError("--trace records one run: with --chat, give the prompt with --prompt-file")
+    if options.samples > 1:
+        raise ValueError("--samples: a conversation goes on from one answer; give the prompt with --prompt-file")
     if arguments.resume:
         raise ValueError("--resume: a conversation cannot be resumed; give --output another file, or --overwrite")
     check_outputs({"--output": arguments.output}, inputs_of(arguments))
@@ -200,7 +212,7 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
                 result = conversation.answer(lambda _, piece, to=printer: to.print_piece(0, piece), stop_asked)
             request = Request(number, ids, options.max_new_tokens)
             output.write(row_of(replace(result, index=number), identity_of(options, model), request))
-            printer.end_prompt()
+            printer.end_answer()
             stopped_itself = result.token_ids[-1] in tokenizer.stop_ids and not options.ignore_eos
             history.add_answer(result.text, result.token_ids[-1] if stopped_itself else None)
             note(short_summary(result, conversation))

@@ -90,8 +90,8 @@ class RowFile:
                 raise ValueError(f"--output {self.path}: another run is writing to it, so give another file") from None
         return self
 
-    def finished(self, settings: dict, digests: list[str]) -> set[int]:
-        """--resume: the indexes of the prompts, of these digests, that have a row. A half-written last line is cut off.
+    def finished(self, settings: dict, digests: list[str]) -> set[tuple[int, int]]:
+        """--resume: (index, sample) of each row; the prompts have these digests. A half-written last line is cut off.
 
         Raises ValueError where the rows belong to another run.
         """
@@ -99,16 +99,16 @@ class RowFile:
             return set()
         content = Path(self.path).read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        done = {self.index_of(line, n, settings, digests) for n, line in enumerate(whole.splitlines(), 1)}
+        done = {self.answer_of(line, n, settings, digests) for n, line in enumerate(whole.splitlines(), 1)}
         if len(whole) < len(content):
             self.file.truncate(len(whole))
         return done
 
-    def index_of(self, line: bytes, number: int, settings: dict, digests: list[str]) -> int:
+    def answer_of(self, line: bytes, number: int, settings: dict, digests: list[str]) -> tuple[int, int]:
         where = f"--output {self.path}:{number}"
         try:
             row = json.loads(line)
-            index, prompt_digest, theirs = row["index"], row["prompt_digest"], row["settings"]
+            index, sample, prompt_digest, theirs = (row[x] for x in ("index", "sample", "prompt_digest", "settings"))
             differs = [name for name in settings if theirs.get(name) != settings[name]]
         except (ValueError, LookupError, TypeError, AttributeError):
             raise ValueError(f"{where} is no row of this program: give another file, or --overwrite") from None
@@ -118,7 +118,7 @@ class RowFile:
             raise ValueError(f"{where} {was}: give the same settings, another file, or --overwrite")
         if not (type(index) is int and 0 <= index < len(digests) and digests[index] == prompt_digest):
             raise ValueError(f"{where} answers another prompt than number {index} of this run: give another file")
-        return index
+        return index, sample
 
     def write(self, row: dict) -> None:
         if self.regular and not self.rows and not self.resume:
@@ -141,21 +141,21 @@ class RowFile:
 
 
 class Printer:
-    """Standard output. The first unfinished prompt streams; the text of those after it waits.
+    """Standard output. The first unfinished answer streams; the text of those after it waits.
 
     goes_on: the run goes on where standard output takes no more, because its rows go to a file; `close` then says so.
     """
 
-    def __init__(self, indexes: list[int], goes_on: bool = False):
-        self.indexes = list(indexes)  # of the prompts that are not through; the first one streams
+    def __init__(self, numbers: list[int], goes_on: bool = False):
+        self.numbers = list(numbers)  # of the answers that are not through; the first one streams
         self.goes_on = goes_on
         self.failed: OSError | None = None
         self.waiting: dict[int, str] = {}
         self.last = ""
 
-    def print_piece(self, index: int, piece: str) -> None:
-        if index != self.indexes[0]:
-            self.waiting[index] = self.waiting.get(index, "") + piece
+    def print_piece(self, number: int, piece: str) -> None:
+        if number != self.numbers[0]:
+            self.waiting[number] = self.waiting.get(number, "") + piece
         elif piece:
             self.last = piece
             self.show(piece)
@@ -177,9 +177,9 @@ class Printer:
         if self.failed:
             raise self.failed
 
-    def end_prompt(self) -> None:
+    def end_answer(self) -> None:
         self.show("" if self.last.endswith("\n") else "\n")
         self.last = ""
-        self.indexes.pop(0)
-        if self.indexes:
-            self.print_piece(self.indexes[0], self.waiting.pop(self.indexes[0], ""))
+        self.numbers.pop(0)
+        if self.numbers:
+            self.print_piece(self.numbers[0], self.waiting.pop(self.numbers[0], ""))

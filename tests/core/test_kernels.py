@@ -114,7 +114,7 @@ def test_attend_slots_equals_sdpa_over_the_live_slots():
     q, k, v = torch.randn(2, 6, 1, 8), torch.randn(2, 3, 11, 8), torch.randn(2, 3, 11, 8)
     live = torch.rand(2, 3, 11) > 0.4
     live[:, :, 0] = True
-    y, prob = kernels.attend_slots(q, kernels.Stored(k), kernels.Stored(v), live)
+    y, (prob,) = kernels.attend_slots(q, kernels.Part(kernels.Stored(k), kernels.Stored(v), live))
     mask = live.repeat_interleave(2, 1)[:, :, None]
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(y, wanted)
@@ -141,7 +141,7 @@ def test_attend_slots_in_a_graph_equals_itself_outside(batch, group, head_dim):
     q, k, v = (torch.randn(batch, heads, n, head_dim) for heads, n in ((2 * group, 1), (2, 7), (2, 7)))
     live = torch.rand(batch, 2, 7) > 0.4
     live[:, :, 0] = True
-    inputs = q, kernels.Stored(k), kernels.Stored(v), live
+    inputs = q, kernels.Part(kernels.Stored(k), kernels.Stored(v), live)
     torch.testing.assert_close(fused(kernels.attend_slots, *inputs), kernels.attend_slots(*inputs))
 
 
@@ -241,9 +241,9 @@ def test_attention_over_what_is_stored_equals_attention_over_a_decoded_copy(form
     live[:, :, 0] = True
     k, v = (stored(x, format) for x, format in zip((k, v), formats, strict=True))
     copies = (kernels.Stored(kernels.decode(x, torch.float32)) for x in (k, v))
-    wanted = kernels.attend_slots(q, *copies, live)
-    torch.testing.assert_close(fused(kernels.attend_slots, q, k, v, live), wanted, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(kernels.attend_slots(q, k, v, live), wanted, atol=1e-5, rtol=1e-4)
+    wanted = kernels.attend_slots(q, kernels.Part(*copies, live))
+    torch.testing.assert_close(fused(kernels.attend_slots, q, kernels.Part(k, v, live)), wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(kernels.attend_slots(q, kernels.Part(k, v, live)), wanted, atol=1e-5, rtol=1e-4)
 
 
 BYTES = {"model": (512, 256, 128), "int8": (260, 132, 68), "k8v4": (198, 102, 54), "int4": (160, 80, 40)}
