@@ -249,14 +249,15 @@ def attend_slots(q: Tensor, *parts: Part) -> tuple[Tensor, list[Tensor]]:
     logits = [attention_logits(grouped, part.k, part.live) for part in parts]
     prob = (logits[0] if len(parts) == 1 else torch.cat(logits, -1)).softmax(-1)  # [B, H, G, slots of all parts]
     probs = prob.split([part.live.shape[2] for part in parts], -1)
-    y = sum(attention_output(p, part.v, q.dtype) for p, part in zip(probs, parts, strict=True)).to(q.dtype)
-    return y.flatten(1, 2).unsqueeze(2), [p.mean(2) for p in probs]
+    first, *others = (attention_output(p, part.v, q.dtype) for p, part in zip(probs, parts, strict=True))
+    y = sum(others, first)  # and not from 0: the compiler would add that 0 in each row of the layer that follows
+    return y.to(q.dtype).flatten(1, 2).unsqueeze(2), [p.mean(2) for p in probs]
 
 
 def attention_logits(q: Tensor, k: Stored, live: Tensor) -> Tensor:
     """q [B, H, G, head_dim], k of B rows or fewer -> [B, H, G, n] float32, -inf where a slot is dead."""
     rows = together(q, live.shape[0])
-    logits = dot(rows, k) if folds(q, k) else (rows @ decode(k, q.dtype).transpose(-1, -2)).float()
+    logits = dot(rows, k) if folds(rows, k) else matmul(rows, decode(k, q.dtype).transpose(-1, -2)).float()
     logits = (logits * q.shape[-1] ** -0.5).masked_fill(~live[:, :, None], float("-inf"))
     return apart(logits, q.shape[0])
 
@@ -264,13 +265,24 @@ def attention_logits(q: Tensor, k: Stored, live: Tensor) -> Tensor:
 def attention_output(prob: Tensor, v: Stored, dtype: torch.dtype) -> Tensor:
     """prob [B, H, G, n], v of B rows or fewer -> [B, H, G, head_dim], in float32 where it is one compiled loop."""
     rows = together(prob, v.codes.shape[0])
-    y = weighted_sum(rows, v) if folds(prob, v) else rows.to(dtype) @ decode(v, dtype)
+    y = weighted_sum(rows, v) if folds(rows, v) else matmul(rows.to(dtype), decode(v, dtype))
     return apart(y, prob.shape[0])
 
 
+MOST_SUMS = 8  # queries per KV head that one loop serves; with more of them, which share a prompt, compute counts
+
+
 def folds(x: Tensor, stored: Stored) -> bool:
-    """Whether the product is written as sums that compile into one loop, which unpacks codes as it reads them."""
-    return fuses(x) or torch.compiler.is_compiling() and stored.scale is not None
+    """Whether the product with x [B, H, G, n] is written as sums that compile into one loop, which unpacks codes."""
+    shared = x.shape[2] > MOST_SUMS and x.device.type == "cpu"
+    return not shared and (fuses(x) or torch.compiler.is_compiling() and stored.scale is not None)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, on a CPU without bf16 arithmetic by way of float32, which is five times as fast there."""
+    if a.dtype is torch.bfloat16 and a.device.type == "cpu" and not HAS_BF16:
+        return (a.float() @ b.float()).to(a.dtype)
+    return a @ b
 
 
 def together(x: Tensor, rows: int) -> Tensor:
@@ -286,20 +298,28 @@ def apart(x: Tensor, B: int) -> Tensor:
 def dot(q: Tensor, k: Stored) -> Tensor:
     """q [B, H, G, head_dim] times stored keys -> [B, H, G, n] float32.
 
-    The scale is folded into the product: q . (code * scale + low) = (q . code) * scale + sum(q) * low.
+    One sum per query, as in `linear`: the compiler fuses them into one loop that reads and unpacks each key once.
     """
     if k.scale is None:
-        return (q[:, :, :, None].float() * k.codes[:, :, None].float()).sum(-1)
+        return torch.stack([(one[:, :, None].float() * k.codes.float()).sum(-1) for one in q.unbind(2)], 2)
     # Two halves make the compiler store q as float32. Beside a bf16 operand it would convert codes one at a time.
     q = torch.cat([half.float() for half in q.chunk(2, -1)], -1)
     q = rotate(q) if k.rotated else q
+    return torch.stack([dot_codes(one, k) for one in q.unbind(2)], 2)
+
+
+def dot_codes(q: Tensor, k: Stored) -> Tensor:
+    """q [B, H, head_dim] times packed keys -> [B, H, n].
+
+    The scale is folded into the product: q . (code * scale + low) = (q . code) * scale + sum(q) * low.
+    """
     total = 0.0
     for part, (codes, scale, low) in zip(q.chunk(k.n_groups, -1), groups(k), strict=True):
         pairs = zip(part.chunk(len(codes), -1), codes, strict=True)
-        products = sum(channels[:, :, :, None] * code[:, :, None] for channels, code in pairs)
-        total = total + products.sum(-1) * scale[:, :, None]
+        products = sum(channels[:, :, None] * code for channels, code in pairs)
+        total = total + products.sum(-1) * scale
         if low is not None:
-            total = total + part.sum(-1, keepdim=True) * low[:, :, None]
+            total = total + part.sum(-1, keepdim=True) * low
     return total
 
 
@@ -309,17 +329,22 @@ VECTOR = 32  # channels of V that one vectorized loop adds up
 def weighted_sum(prob: Tensor, v: Stored) -> Tensor:
     """prob [B, H, G, n_slots] times stored values [B, H, n_slots, head_dim] -> [B, H, G, head_dim] float32.
 
-    The sum is split by channels. A single sum would read V once per 32 channels, wherever V is a prefix of the slots.
+    One sum per query, which reads V once for all of them. Each is split by channels: a single sum would read V once per
+    32 channels, wherever V is a prefix of the slots.
     """
+    y = torch.stack([torch.cat(channel_sums(one, v), -1) for one in prob.unbind(2)], 2)
+    return rotate(y) if v.rotated else y
+
+
+def channel_sums(prob: Tensor, v: Stored) -> list[Tensor]:
+    """prob [B, H, n_slots] times values -> [B, H, n] each, of n channels at a time."""
     if v.scale is None:
-        sums = [(prob[..., None] * part[:, :, None].float()).sum(3) for part in v.codes.split(VECTOR, -1)]
-        return torch.cat(sums, -1)
+        return [(prob[..., None] * part.float()).sum(2) for part in v.codes.split(VECTOR, -1)]
     sums = []
     for codes, scale, low in groups(v):
-        weight = (prob * scale[:, :, None])[..., None]
-        offset = 0.0 if low is None else (prob * low[:, :, None]).sum(-1, keepdim=True)
-        sums += [(weight * code[:, :, None]).sum(3) + offset for code in codes]
-    return rotate(torch.cat(sums, -1)) if v.rotated else torch.cat(sums, -1)
+        offset = 0.0 if low is None else (prob * low).sum(-1, keepdim=True)
+        sums += [((prob * scale)[..., None] * code).sum(2) + offset for code in codes]
+    return sums
 
 
 def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
