@@ -26,3 +26,10 @@ def tiny(tmp_path_factory):
 def shallow(tmp_path_factory):
     """One layer: half the time to compile."""
     return load(str(make_checkpoint(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)))
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """One layer with a head_dim of 64: 16 words of 8-bit codes, two groups of 4-bit codes."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("wide"), num_hidden_layers=1, head_dim=64)
+    return load(str(folder))[0]

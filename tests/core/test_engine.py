@@ -25,7 +25,6 @@ from generate import (
     find_questions,
     free_memory,
     generate,
-    load,
     padded_width,
     run,
     size_of,
@@ -43,13 +42,6 @@ every_small_policy = pytest.mark.parametrize("policy", [name for name in STRATEG
 RANKINGS = [(policy, "cumulative") for policy in STRATEGIES]
 RANKINGS += [(policy, score) for policy in ("slide", "h2o") for score in SCORES if score != "cumulative"]
 every_ranking = pytest.mark.parametrize(("policy", "score"), RANKINGS)
-
-
-@pytest.fixture(scope="session")
-def wide(tmp_path_factory):
-    """One layer with a head_dim of 64: 16 words of 8-bit codes, two groups of 4-bit codes."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("wide"), num_hidden_layers=1, head_dim=64)
-    return load(str(folder))[0]
 
 
 def tokens(tiny, prompts=PROMPTS, policy="discontinuous", **changes):
