@@ -62,6 +62,7 @@ EFFECTS = {  # field of Options -> flags without it, flags with it, where the di
     "top_k": (HOT, f"{HOT} --top-k 2", token_ids),
     "top_p": (HOT, f"{HOT} --top-p 0.3", token_ids),
     "seed": (HOT, f"{HOT} --seed 1", token_ids),
+    "samples": (HOT, f"{HOT} --samples 2", lambda run: [row["sample"] for row in run.rows]),
     "ignore_eos": (
         "--checkpoint STOPPING --policy full --no-ignore-eos",
         "--checkpoint STOPPING --policy full --ignore-eos",
@@ -174,7 +175,7 @@ def test_a_row_is_in_the_file_before_the_next_batch_begins(run, tmp_path, monkey
 def test_a_row_has_the_documented_keys(run):
     [row] = run(BASE, "--prompt", PROMPT).rows
     settings = {"policy": "discontinuous", "heavy": 4, "recent": 4, "score": "cumulative"}
-    keys = ["index", "prompt_len", "token_ids", "text", "finish_reason", "stats", "settings", "prompt_digest"]
+    keys = ["index", "sample", "prompt_len", "token_ids", "text", "finish_reason", "stats", "settings", "prompt_digest"]
     assert list(row) == keys
     promised = "policy heavy recent score steps kv_bytes kv_bytes_full prefill_s compile_s decode_s tokens_per_s"
     assert set(promised.split()) <= set(row["stats"])

@@ -91,6 +91,29 @@ def test_a_batch_size_may_change_on_the_way(again):
     assert status == 0 and tokens(rows) == tokens(first)
 
 
+HOT = ("--temperature", "1", "--top-k", "8", "--policy", "slide")
+
+
+def test_a_prompt_of_which_some_answers_have_a_row_gets_the_others(again):
+    """5 prompts of 3 answers each. The file ends within the second prompt, or holds the first answers alone."""
+    flags = ("--samples", "3", *HOT)
+    _, first, _ = again(*flags)
+    assert [(row["index"], row["sample"]) for row in first] == [(i, s) for i in range(5) for s in range(3)]
+    lines = again.output.read_bytes().splitlines(keepends=True)
+    again.output.write_bytes(b"".join(lines[:4]))
+    status, rows, said = again("--resume", *flags)
+    assert status == 0 and tokens(rows) == tokens(first) and "4 of 15 answers have a row" in said
+    again.output.write_bytes(b"".join(lines[::3]))  # of a run with --samples 1
+    status, rows, said = again("--resume", *flags)
+    assert status == 0 and sorted(tokens(rows)) == sorted(tokens(first)) and "5 of 15 answers" in said
+
+
+def test_a_run_of_fewer_samples_has_nothing_left_to_do(again):
+    _, first, _ = again("--samples", "2", *HOT)
+    status, rows, said = again("--resume", *HOT)
+    assert (status, rows) == (0, first) and "5 of 5 answers have a row" in said
+
+
 @pytest.mark.parametrize(
     "line", ["{}", "[]", "5", "precious text", '{"index": "x", "prompt_digest": 1, "settings": 2}']
 )
