@@ -163,6 +163,7 @@ class Stats:
     prompt_budget: int
     obs_window: int
     kv_format: str
+    samples: int
     steps: int  # decode steps: the tokens of the longest row, less the one that prefill gives
     prompt_slots: int  # allocated per KV head, the mean of the layers
     decode_slots: int

@@ -3,6 +3,7 @@
 python benchmarks/speed.py --shape cpu --workload 1024+1024 2048+4096 --json speed.json --plot speed.png
 python benchmarks/speed.py --shape cpu --eviction                       what eviction adds to the same attention instead
 python benchmarks/speed.py --shape cpu --prefill 4096 16384             what choosing prompt tokens costs instead
+python benchmarks/speed.py --shape cpu --samples 4                      four answers to a prompt, or four copies of it
 python benchmarks/speed.py --shape smollm2 --depths 4 30                how compile time grows with depth instead
 python benchmarks/speed.py --checkpoint DIR --peers transformers-static real weights, and other programs that run them
 
@@ -28,6 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import kernels
 from benchmarks import common, machine, peers, plots, report
 from benchmarks.common import parse_method, positive
 from benchmarks.machine import SHAPES, random_model, random_prompts
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def benchmark(arguments: argparse.Namespace) -> None:
-    name = next((name for name in ("prefill", "eviction", "depths") if getattr(arguments, name)), "decode")
+    name = next((name for name in ("prefill", "eviction", "depths", "samples") if getattr(arguments, name)), "decode")
     work, columns, legend = MODES[name]
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -103,6 +105,8 @@ def add_work_flags(group) -> None:
     eviction = "time steps against a full cache of as many slots instead"
     mode.add_argument("--eviction", action="store_true", help=eviction)
     mode.add_argument("--prefill", type=positive, nargs="+", metavar="TOKENS", help="time prompt compressors instead")
+    samples = "time steps of so many answers to each prompt, stored once or in each row, instead"
+    mode.add_argument("--samples", type=positive, metavar="ANSWERS", help=samples)
     mode.add_argument("--depths", type=positive, nargs="+", metavar="LAYERS", help="time cold compilation instead")
     group.add_argument("--prompt-budget", type=int, default=2048, help="prefill: prompt tokens that they keep")
     group.add_argument("--rounds", type=positive, default=3, help="prefill: runs of each compressor")
@@ -127,8 +131,12 @@ def check_arguments(arguments: argparse.Namespace) -> None:
     for tokens in arguments.prefill or []:
         wanted = f"more than --prompt-budget {arguments.prompt_budget}: else there is nothing to choose"
         require(tokens > arguments.prompt_budget, "--prefill", tokens, wanted)
-    if arguments.plot and (arguments.eviction or arguments.prefill or arguments.depths):
-        raise ValueError("--plot draws decode steps: it does not go with --eviction, --prefill or --depths")
+    if arguments.plot and (arguments.eviction or arguments.prefill or arguments.depths or arguments.samples):
+        raise ValueError("--plot draws decode steps: it does not go with --eviction, --prefill, --depths or --samples")
+    if arguments.samples:
+        require(arguments.samples > 1, "--samples", arguments.samples, "2 or more: one answer shares with nobody")
+        for policy, workload in product(arguments.policies, arguments.workload):
+            with_samples(options_of(arguments, policy, workload), arguments.samples)
     if arguments.checkpoint and (arguments.prefill or arguments.depths):
         raise ValueError("--checkpoint goes neither with --prefill nor with --depths: name a --shape")
     if arguments.depths and not arguments.compile:
@@ -184,7 +192,10 @@ class Runner:
 
 def make_runner(model: Llama, prompts: list[list[int]], name: str, options: Options) -> Runner:
     """Compiled and with its cache filled. The second prefill counts: the first one also warms up."""
-    engine = Engine(model, options, [], CacheSize(len(prompts), [len(prompts[0])], options.max_new_tokens))
+    rows = len(prompts) * options.samples
+    size = CacheSize(rows, [len(prompts[0])], options.max_new_tokens, samples=options.samples)
+    greedy = kernels.Sampler(Options(temperature=0.0), []).to(model.embed.weight.device)
+    engine = Engine(model, options, [], size, greedy)
     for _ in range(2):
         engine.prefill(prompts, list(range(len(prompts))))
     return Runner(name, engine, engine)
@@ -404,6 +415,47 @@ EVICTION_LEGEND = """
 slots: for decoding. full: a step of a full cache of as many slots, which does not score, select or keep books."""
 
 
+# ---- samples: many answers to a prompt that is stored once ------------------------------------------------------
+
+
+def with_samples(options: Options, samples: int) -> Options:
+    return replace(options, samples=samples, temperature=1.0)
+
+
+def compare_samples(arguments: argparse.Namespace, read_speed: float) -> Iterator[dict]:
+    """Each policy's answers share their prompts' slots, beside as many rows with a copy each. Both choose greedily."""
+    for labels, model, prompts in work_of(arguments):
+        for policy in arguments.policies:
+            options = options_of(arguments, policy, labels["workload"])
+            shared = make_runner(model, prompts, policy, with_samples(options, arguments.samples))
+            copies = make_runner(model, [ids for ids in prompts for _ in range(arguments.samples)], policy, options)
+            take_turns([shared, copies], options.max_new_tokens - 1)
+            yield labels | {"policy": policy, "samples": arguments.samples} | samples_line(shared, copies)
+            del shared, copies
+            machine.release(model.embed.weight.device)
+
+
+def samples_line(shared: Runner, copies: Runner) -> dict:
+    """A ratio compares two steps that ran close together."""
+    groups, pairs = shared.groups(), zip(shared.seconds, copies.seconds, strict=True)
+    times = {"shared_s": shared.seconds, "copies_s": copies.seconds, "ratio": [own / copy for own, copy in pairs]}
+    found = {name: mean(steadied(values, groups)) for name, values in times.items()}
+    kv_bytes = {"kv_bytes": shared.engine.cache.nbytes, "copies_kv_bytes": copies.engine.cache.nbytes}
+    return found | {"speed_ratio": 1 / found["ratio"]} | kv_bytes
+
+
+SAMPLES_COLUMNS = WORK_COLUMNS | {
+    "answers": figure("samples", ".0f"),
+    "shared ms": figure("shared_s", ".2f", 1e-3),
+    "copies ms": figure("copies_s", ".2f", 1e-3),
+    "x copies": figure("speed_ratio", ".2f"),
+    "KV MB": figure("kv_bytes", ".1f", 1e6),
+    "copies MB": figure("copies_kv_bytes", ".1f", 1e6),
+}
+SAMPLES_LEGEND = """
+A step of all answers, where a prompt is stored once for its answers, and where each row has a copy. batch: prompts."""
+
+
 # ---- prefill: what choosing prompt tokens adds to it --------------------------------------------------------------
 
 
@@ -517,6 +569,7 @@ Cold, of the last policy and the first workload. ratio: to the first line. CPU s
 MODES = {
     "decode": (compare_decode, DECODE_COLUMNS, DECODE_LEGEND),
     "eviction": (compare_eviction, EVICTION_COLUMNS, EVICTION_LEGEND),
+    "samples": (compare_samples, SAMPLES_COLUMNS, SAMPLES_LEGEND),
     "prefill": (compare_prefill, PREFILL_COLUMNS, PREFILL_LEGEND),
     "depths": (compare_depths, DEPTH_COLUMNS, DEPTH_LEGEND),
 }

@@ -152,8 +152,11 @@ def summary(batches: list[Stats]) -> str:
     s = batches[-1]
     prefill, decode = sum(b.prefill_s for b in batches), sum(b.decode_s for b in batches)
     packed = "" if s.kv_format == Options.kv_format else f" in {s.kv_format}"
+    packed += f", {s.samples} answers to each prompt" if s.samples > 1 else ""
+    every = f", a selection every {s.interval} steps" if s.interval else ""
     return (
-        f"\npolicy   {s.policy}: heavy {s.heavy} + recent {s.recent} generated tokens per KV head, score {s.score}\n"
+        f"\npolicy   {s.policy}: heavy {s.heavy} + recent {s.recent} generated tokens per KV head, "
+        f"score {s.score}{every}\n"
         f"cache    {s.prompt_slots} prompt + {s.decode_slots} decode slots, {s.kv_bytes / 1e6:.2f} MB{packed}: "
         f"{s.kv_bytes / s.kv_bytes_full:.0%} of the full cache's {s.kv_bytes_full / 1e6:.2f} MB\n"
         f"time     prefill {prefill:.2f} s, compile {s.compile_s:.1f} s, decode {decode:.2f} s{payoff(batches)}\n"

@@ -69,6 +69,24 @@ def test_full_is_compared_with_itself_and_every_policy_reads_less(tmp_path):
         assert line["tokens_per_s"] == pytest.approx(1 / line["step_s"])
 
 
+def test_answers_that_share_a_prompt_are_timed_beside_copies_of_it(tmp_path, capsys):
+    file = tmp_path / "samples.json"
+    work = ["--samples", "3", "--batch-sizes", "2", "--policies", "slide", "--json", str(file)]
+    assert main(quick(*work)) == 0
+    full, slide = json.loads(file.read_text())["samples"]
+    assert (full["policy"], slide["policy"], slide["samples"], slide["batch"]) == ("full", "slide", 3, 2)
+    for line in (full, slide):
+        assert line["speed_ratio"] == pytest.approx(line["copies_s"] / line["shared_s"], rel=0.5)
+        assert 1 / 3 < line["kv_bytes"] / line["copies_kv_bytes"] < 1
+    for flags, complaint in {
+        ("--samples", "1"): "--samples is 1: it must be 2 or more",
+        ("--samples", "2", "--policies", "h2o"): "samples is 2: it must be 1 where answers evict the prompt",
+        ("--samples", "2", "--plot", str(tmp_path / "x.png")): "--plot draws decode steps",
+    }.items():
+        assert main(quick(*flags)) == 2
+        assert complaint in capsys.readouterr().err
+
+
 def test_eviction_is_timed_against_a_full_cache_of_as_many_slots(tmp_path, capsys):
     file = tmp_path / "eviction.json"
     work = ["--eviction", "--batch-sizes", "1", "--policies", "slide", "full:heavy=1", "--json", str(file)]

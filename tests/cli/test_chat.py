@@ -171,6 +171,11 @@ def test_a_conversation_cannot_be_traced(refused, chatty):
     assert "--trace" in refused("--chat", "--trace", "t.npz", checkpoint=chatty)
 
 
+def test_a_conversation_has_one_answer_to_each_turn(refused, chatty):
+    flags = ("--chat", "--samples", "2", "--temperature", "1", "--policy", "slide")
+    assert "--samples: a conversation goes on from one answer" in refused(*flags, checkpoint=chatty)
+
+
 def test_ctrl_c_at_the_prompt_sign_ends_a_conversation(capsys, monkeypatch, chatty):
     monkeypatch.setattr("builtins.input", interrupt)
     assert main(["--checkpoint", str(chatty), "--chat", *SHORT]) == 130

@@ -73,6 +73,15 @@ def test_text_comes_under_the_number_of_its_answer(tiny):
     assert [pieces.get(i, "") for i in range(2 * len(PROMPTS))] == [result.text for result in results]
 
 
+def test_a_trace_shows_the_shared_prompt_in_the_row_of_each_answer(tiny):
+    shared, copies = [], []
+    for frames, prompts, changes in ((shared, PROMPTS[2:], {"samples": 3}), (copies, PROMPTS[2:] * 3, {})):
+        list(generate(*tiny, prompts, "slide", on_step=lambda c, to=frames: to.append(c.positions()), **RUN | changes))
+    assert len(shared) == RUN["max_new_tokens"]
+    assert all(torch.equal(a[:, 0], b[:, 0]) for a, b in zip(shared, copies, strict=True))  # the same seed and index
+    assert all(a.shape == b.shape for a, b in zip(shared, copies, strict=True))
+
+
 # ---- the attention
 
 
