@@ -164,8 +164,8 @@ def join_ranks() -> tuple[int, int]:
         try:
             dist.init_process_group(backend, timeout=timedelta(days=1))  # a person may think for long between turns
         except (RuntimeError, ValueError) as error:
-            where = "start all processes by torchrun"
-            raise ValueError(f"the group of {n_ranks} ranks cannot be joined: {one_line(error)}: {where}") from error
+            why = f"{one_line(error)}: start all by torchrun, or unset WORLD_SIZE"
+            raise ValueError(f"the group of {n_ranks} ranks cannot be joined: {why}") from None
     return dist.get_rank(), dist.get_world_size()
 
 

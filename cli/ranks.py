@@ -1,6 +1,7 @@
 """The command line in the processes of torchrun: rank 0 reads, writes and speaks, the others only compute."""
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -32,7 +33,7 @@ def entered(manager: AbstractContextManager) -> Iterator[None]:
 
 
 LAST_WORDS = "scope: what rank 0 ends with"
-PATIENCE = timedelta(seconds=5)
+PATIENCE = 5  # seconds that a rank waits for rank 0 to say the same
 
 
 def must_say(line: str) -> bool:
@@ -43,11 +44,18 @@ def must_say(line: str) -> bool:
     if N_RANKS == 1:
         return True
     try:
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=PATIENCE)
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(*where, timeout=timedelta(seconds=PATIENCE))
         if RANK == 0:
             store.set(LAST_WORDS, line)
-        return RANK == 0 or store.get(LAST_WORDS).decode() != line  # waits for rank 0 as long as PATIENCE
-    except (RuntimeError, KeyError):  # rank 0 says nothing, or there is no store
+            return True
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            if store.check([LAST_WORDS]) and store.get(LAST_WORDS).decode() == line:
+                return False
+            time.sleep(0.05)
+        return True
+    except (RuntimeError, KeyError):  # there is no store
         return True
 
 
