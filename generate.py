@@ -205,8 +205,8 @@ def together(n_ranks: int) -> Iterator[None]:
     said = exchange(mistake and one_line(mistake), n_ranks)
     wrong = [rank for rank, text in enumerate(said) if text is not None]
     if wrong:
-        alone = f"rank {wrong[0]}: " if len(set(said)) > 1 else ""
-        raise ValueError(alone + said[wrong[0]]) from mistake
+        whose = f"rank {wrong[0]}: " if wrong[0] else ""
+        raise ValueError(whose + said[wrong[0]]) from mistake
 
 
 # ---- generating -------------------------------------------------------------------------------------------
@@ -524,7 +524,8 @@ class Engine:
         if need > free:
             rows = int(self.size.batch * free / need)
             remedy = f"lower --batch-size to {rows}" if rows else "lower --max-new-tokens, or shorten the prompt"
-            raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")
+            each = " per rank" if self.model.config.n_ranks > 1 else ""
+            raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB{each} and {free / 1e9:.1f} GB are free: {remedy}")
 
     def allocate(self, policy: Policy, prompt: PromptPolicy, size: CacheSize, device, kv_format: str) -> Cache:
         formats = FORMATS[kv_format]

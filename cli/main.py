@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
     if ranks.RANK:
         silence_stdout()
-    return run_program("generate.py", lambda: run_command(parse_arguments(argv)))
+    return ranks.leave(run_program("generate.py", lambda: run_command(parse_arguments(argv))))
 
 
 def run_command(arguments: argparse.Namespace) -> None:
@@ -34,7 +34,6 @@ def run_command(arguments: argparse.Namespace) -> None:
     generate.join_ranks()
     converses = ranks.from_first(lambda: is_conversation(arguments))
     (run_chat if converses else run_prompts)(arguments, options)
-    ranks.leave()
 
 
 def is_conversation(arguments: argparse.Namespace) -> bool:

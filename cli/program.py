@@ -45,8 +45,17 @@ def dashed(word: str) -> str:
 
 
 def run_program(name: str, work: Callable[[], None]) -> int:
-    """The exit status. 0: done; 2: a mistake, said in one line; 1: the reader of our output has gone, or another rank,
-    which has said why; 130: Ctrl-C."""
+    """The exit status. 0: done; 2: a mistake, said in one line; 1: the reader of our output has gone, or another rank;
+    130: Ctrl-C."""
+    try:
+        return end_of(name, work)
+    except KeyboardInterrupt:  # also while a lost rank is looked into: Ctrl-C has ended that one first
+        ranks.leave_word("interrupted")
+        note(f"\n{name}: interrupted")
+        return 130
+
+
+def end_of(name: str, work: Callable[[], None]) -> int:
     try:
         work()
         return 0
@@ -55,16 +64,16 @@ def run_program(name: str, work: Callable[[], None]) -> int:
 
         silence_stdout()
         return 1
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         if ranks.lost_a_peer(error):
+            if not ranks.peer_said_why():
+                complain(name, f"another rank has ended: {one_line(error)}")
             return 1
-        if isinstance(error, RuntimeError):
+        if not isinstance(error, ValueError | OSError):  # a crash, which Python reports
+            ranks.leave_word(one_line(error))
             raise
         complain(name, one_line(error))
         return 2
-    except KeyboardInterrupt:
-        note(f"\n{name}: interrupted")
-        return 130
 
 
 def complain(name: str, mistake: str) -> None:

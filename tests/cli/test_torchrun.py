@@ -49,7 +49,7 @@ import json, os, sys
 sys.path[:0] = [{str(ROOT)!r}]
 from cli import ranks
 from cli.main import main
-ranks.leave = lambda: None  # to join again, there would have to be another store
+ranks.leave = lambda status: status  # the group stays: to join it again there would have to be another store
 for number, (argv, env) in enumerate(json.loads(sys.argv[1])):
     os.environ.update(env)
     print("--", number, main(argv), file=sys.stderr, flush=True)
@@ -106,11 +106,11 @@ REFUSED = {
     "missing on rank 1": "rank 1: checkpoint {folder}/only1: no such directory, and not a hub id (owner/name)",
     "heads": "1 KV heads and 48 channels of the MLP cannot be shared out evenly to 2 ranks: start one of 1",
     "trace": "--trace records all heads, and each of 2 ranks has its own: run one process",
-    "rows": "rank 0: --output {folder}/full.jsonl has rows: --resume goes on with them, --overwrite replaces them",
-    "prompts": "rank 0: prompt file {folder}/no.txt cannot be read: [Errno 2] No such file or directory: "
-    "'{folder}/no.txt'",
+    "rows": "--output {folder}/full.jsonl has rows: --resume goes on with them, --overwrite replaces them",
+    "prompts": "prompt file {folder}/no.txt cannot be read: [Errno 2] No such file or directory: '{folder}/no.txt'",
     "device": "device is 'cuda:1': it must be auto, cpu or cuda: each rank has its own",
-    "memory": "rank 1: the KV cache takes 0.0 GB and 0.0 GB are free: lower --max-new-tokens, or shorten the prompt",
+    "memory": "rank 1: the KV cache takes 0.0 GB per rank and 0.0 GB are free: "
+    "lower --max-new-tokens, or shorten the prompt",
 }
 
 
@@ -160,7 +160,7 @@ decode = generate.Engine.decode
 
 def fail_on_rank_1(engine, t, *rest):
     if t == 3 and os.environ["RANK"] == "1":
-        raise {{error}}
+        {{what}}
     return decode(engine, t, *rest)
 
 generate.Engine.decode = fail_on_rank_1
@@ -169,17 +169,20 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(
-    ("error", "status", "said"),
+    ("what", "status", "said", "said_by_rank_0"),
     [
-        ("ValueError('only here')", 2, "generate.py: rank 1: error: only here\n"),
-        ("ZeroDivisionError('a crash')", 1, "ZeroDivisionError: a crash"),
+        ("raise ValueError('only here')", 2, "generate.py: rank 1: error: only here\n", ""),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero", ""),
+        ("os._exit(9)", 9, "", "generate.py: error: another rank has ended: "),
     ],
+    ids=["mistake", "crash", "killed"],
 )
-def test_a_rank_that_fails_alone_on_the_way_says_so_and_the_other_ends_quietly(tiny, error, status, said):
+def test_of_a_rank_that_fails_alone_on_the_way_one_rank_says_why(tiny, what, status, said, said_by_rank_0):
     flags = ["--checkpoint", tiny, "--prompt", "cat", *SHORT]
-    [first, second] = run_ranks(lambda rank: ["-c", LOST.format(error=error), *flags])
-    assert first[0] == 1 and first[2] == f"loading {tiny}\n"
-    assert second[0] == status and said in second[2] and second[1] == ""
+    [first, second] = run_ranks(lambda rank: ["-c", LOST.format(what=what), *flags])
+    assert second[:2] == (status, "") and said in second[2]
+    more = first[2].removeprefix(f"loading {tiny}\n")
+    assert first[0] == 1 and more.startswith(said_by_rank_0) and more.count("\n") == bool(said_by_rank_0)
 
 
 def test_ctrl_c_ends_torchrun_and_all_ranks(tiny):
