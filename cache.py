@@ -119,14 +119,26 @@ class SharedPrompt(nn.Module):
 class LayerCache(nn.Module):
     """The slots of one layer. `fill`, `join`, `append` and `select` are what the model calls attention.
 
-    shared: where the prompt's slots are, if not in front of the decode slots; prompt_slots is 0 then.
+    shape: of K; ranks: this one's number, and how many share the heads; shared: where the prompt's slots are, if not in
+    front of the decode slots; prompt_slots is 0 then.
     """
 
     def __init__(
-        self, layer: int, shape: tuple, prompt_slots: int, max_evict: int, policy: Policy, formats, dtype, shared=None
+        self,
+        layer: int,
+        shape: tuple,
+        ranks: tuple,
+        prompt_slots: int,
+        max_evict: int,
+        policy: Policy,
+        formats,
+        dtype,
+        shared=None,
     ):
         super().__init__()
         batch, n_kv_heads, n_slots, _ = shape  # and head_dim
+        rank, self.n_ranks = ranks
+        self.first_head = rank * n_kv_heads  # of this rank's heads
         self.layer = layer
         self.shared: SharedPrompt | None = shared
         self.prompt_slots = prompt_slots
@@ -213,7 +225,11 @@ class LayerCache(nn.Module):
         others = (kept - prompt.obs_window).clamp(min=0)
         floor = kept - others + (others * prompt.compressor.head_floor).long()
         score = score.masked_fill(in_window, torch.inf)
-        return kernels.highest(score, lengths, kept, floor, self.prompt.prompt_slots)
+        if prompt.compressor.head_floor == 1:
+            return kernels.highest(score, lengths, kept, floor, self.prompt.prompt_slots)
+        everybody = kernels.gather_over_ranks(score, self.n_ranks, 1)  # all heads compete, other ranks' too
+        pos = kernels.highest(everybody, lengths, kept, floor, self.prompt.prompt_slots)
+        return pos[:, self.first_head : self.first_head + k.shape[1]]
 
     # ---- later turns of a conversation
 
@@ -326,7 +342,9 @@ class LayerCache(nn.Module):
     def rank(self, pos: Tensor) -> Tensor:
         """[B, H, n]: what the tokens at these positions are compared by."""
         score, rank = self.score[:, :, : pos.shape[2]], self.policy.ranking.rank
-        return rank(score, pos) if rank else score
+        if not rank:
+            return score
+        return rank(score, kernels.token_numbers(pos, self.first_head, pos.shape[1] * self.n_ranks))
 
     def candidates(self, now: StepInput) -> Tensor:
         """[B, H, n] bool: the tokens that may die. They are older than the window, or the two that the plan names."""
@@ -407,7 +425,8 @@ class Cache(nn.Module):
                 shape = (size.prompts, config.n_kv_heads, prompt_slots, config.head_dim)
                 prompt_slots, shared = 0, SharedPrompt(shape, formats, dtype)
             shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
-            self.layers.append(LayerCache(layer, shape, prompt_slots, plan.max_evict, each, formats, dtype, shared))
+            numbers = (config.rank, config.n_ranks), prompt_slots, plan.max_evict
+            self.layers.append(LayerCache(layer, shape, *numbers, each, formats, dtype, shared))
         steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
         in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
         self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step
@@ -441,7 +460,7 @@ class Cache(nn.Module):
         most = max(self.kept_of(layer, length) for length in lengths)
         others = most - min(self.prompt.obs_window, most)
         may_lose = others - int(others * self.prompt.compressor.head_floor)
-        return min(max(lengths), most + may_lose * (self.config.n_kv_heads - 1))
+        return min(max(lengths), most + may_lose * (self.config.all_kv_heads - 1))
 
     def kept_of(self, layer: int, length: int) -> int:
         """Tokens per KV head that stay of a prompt of this length; the mean of the heads where they compete."""
@@ -565,7 +584,8 @@ class Cache(nn.Module):
     def begin_output(self) -> None:
         """Note what is held before an answer: its position, and the tokens that count as prompt."""
         self.lengths.fill_(self.position)
-        self.kept.copy_(torch.stack([(layer.pos >= 0).sum(2).float().mean(1) for layer in self.layers]))
+        held = torch.stack([(layer.pos >= 0).sum((1, 2)) for layer in self.layers])  # [n_layers, B]: in all heads
+        self.kept.copy_(kernels.sum_over_ranks(held, self.config.n_ranks) / self.config.all_kv_heads)
         for layer in self.layers:
             if layer.prompt_is_evictable:
                 layer.count_prompt(self.lengths)

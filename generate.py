@@ -19,10 +19,13 @@ import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import kernels
@@ -135,16 +138,83 @@ def read_shares(path: str) -> dict[str, tuple]:
 
 
 def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dtype: str = Options.dtype):
-    """Checkpoint directory or hub id -> (Llama, hf.tokenizer.Tokenizer). Raises ValueError if it cannot be run."""
+    """Checkpoint directory or hub id -> (Llama, hf.tokenizer.Tokenizer). Raises ValueError if it cannot be run.
+
+    Where torchrun has started several processes, each must call it, and gets its own part of the model.
+    """
     log.info("loading %s", checkpoint)
     from hf import load_checkpoint  # here: a fork with a tokenizer of its own needs the five files alone
 
-    return load_checkpoint(place_of(checkpoint), device, dtype)
+    rank, n_ranks = join_ranks()
+    with together(n_ranks):
+        device = device_of_rank(device) if n_ranks > 1 else device
+        model, tokenizer = load_checkpoint(place_of(checkpoint), device, dtype, rank, n_ranks)
+    if n_ranks > 1 and model.embed.weight.is_cuda:
+        torch.cuda.set_device(device)  # for what else a library allocates
+    return model, tokenizer
 
 
 def place_of(checkpoint: str) -> str:
     """The default names the bundled model in any directory, but a folder of that name in this one goes first."""
     return str(MINI) if checkpoint == Options.checkpoint and not Path(checkpoint).is_dir() else checkpoint
+
+
+# ---- ranks: the processes that torchrun starts, which share out one model ------------------------------------
+
+
+def join_ranks() -> tuple[int, int]:
+    """(this process's rank, how many there are): (0, 1) unless torchrun has started several, whose group it joins."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # a person may think for long between turns
+        except (RuntimeError, ValueError) as error:
+            why = f"{one_line(error)}: start all by torchrun, or unset WORLD_SIZE"
+            raise ValueError(f"the group of {n_ranks} ranks cannot be joined: {why}") from None
+    return dist.get_rank(), dist.get_world_size()
+
+
+def device_of_rank(name: str) -> str:
+    """auto, cuda -> the GPU with this rank's number on its machine; hf refuses it where there are fewer GPUs."""
+    require(name in ("auto", "cpu", "cuda"), "device", repr(name), "auto, cpu or cuda: each rank has its own")
+    uses_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return f"cuda:{os.environ['LOCAL_RANK']}" if uses_gpu else "cpu"
+
+
+def exchange(value, n_ranks: int) -> list:
+    """The JSON values of all ranks, rank 0's first. They travel as bytes, not pickled: unpickling can run code."""
+    if n_ranks == 1:
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = torch.zeros(n_ranks, 1, dtype=torch.int64)
+    dist.all_gather(list(sizes), torch.tensor([len(content)]))
+    blocks = torch.zeros(n_ranks, int(sizes.max()), dtype=torch.uint8)
+    dist.all_gather(list(blocks), torch.nn.functional.pad(content, (0, blocks.shape[1] - len(content))))
+    return [json.loads(block[:size].numpy().tobytes()) for block, size in zip(blocks, sizes.flatten(), strict=True)]
+
+
+@contextmanager
+def together(n_ranks: int) -> Iterator[None]:
+    """All ranks do what is in it, or none: a mistake on one of them is raised on each.
+
+    Otherwise the others would go on to the next message, and wait there for the one that has left.
+    """
+    if n_ranks == 1:
+        yield
+        return
+    mistake = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        mistake = error
+    said = exchange(mistake and one_line(mistake), n_ranks)
+    wrong = [rank for rank, text in enumerate(said) if text is not None]
+    if wrong:
+        whose = f"rank {wrong[0]}: " if wrong[0] else ""
+        raise ValueError(whose + said[wrong[0]]) from mistake
 
 
 # ---- generating -------------------------------------------------------------------------------------------
@@ -164,6 +234,7 @@ class Stats:
     obs_window: int
     kv_format: str
     samples: int
+    n_ranks: int  # processes that share out the heads; bytes are those of one of them
     steps: int  # decode steps: the tokens of the longest row, less the one that prefill gives
     prompt_slots: int  # allocated per KV head, the mean of the layers
     decode_slots: int
@@ -446,8 +517,9 @@ class Engine:
         self.options = options
         self.size = size
         self.device = model.embed.weight.device
-        self.check_memory()
-        self.cache = self.allocate(*options.rules(), size, self.device, options.kv_format)
+        with together(model.config.n_ranks):
+            self.check_memory()
+            self.cache = self.allocate(*options.rules(), size, self.device, options.kv_format)
         self.sampler = sampler or kernels.Sampler(options, [] if options.ignore_eos else stop_ids).to(self.device)
         self.decode_step = decode_step
         self.noise: Tensor  # [T, B] one number per token, for sampling
@@ -468,7 +540,8 @@ class Engine:
         if need > free:
             rows = int(self.size.batch * free / need)
             remedy = f"lower --batch-size to {rows}" if rows else "lower --max-new-tokens, or shorten the prompt"
-            raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free: {remedy}")
+            each = " per rank" if self.model.config.n_ranks > 1 else ""
+            raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB{each} and {free / 1e9:.1f} GB are free: {remedy}")
 
     def allocate(self, policy: Policy, prompt: PromptPolicy, size: CacheSize, device, kv_format: str) -> Cache:
         formats = FORMATS[kv_format]
@@ -492,7 +565,8 @@ class Engine:
         """Compile all graphs on the empty cache, so that no step of a run waits for it. Returns seconds."""
         started = time.perf_counter()
         on_gpu = self.device.type == "cuda"
-        prepare_compiler(needs_cpp=not on_gpu)
+        with together(self.model.config.n_ranks):
+            prepare_compiler(needs_cpp=not on_gpu)
         how = {"mode": "reduce-overhead"} if on_gpu else {"options": cpu_options(self.options.kv_format)}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
@@ -612,6 +686,7 @@ class Engine:
         settings = asdict(self.options)
         return Stats(
             **{entry.name: settings[entry.name] for entry in fields(Stats) if entry.name in settings},
+            n_ranks=self.model.config.n_ranks,
             steps=self.steps,
             prompt_slots=prompt_slots,
             decode_slots=decode_slots,
@@ -635,7 +710,8 @@ def padded_width(n: int) -> int:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that the process may still take, of the GPU or of the machine and its cgroup; inf where nobody says."""
+    """Bytes that the process may still take, of the GPU or of the machine and its cgroup; inf where nobody says. The
+    ranks of one machine share its memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [math.inf]
@@ -645,7 +721,7 @@ def free_memory(device: torch.device) -> float:
     if limit.exists() and limit.read_text().strip().isdigit():
         file_cache = re.search(r"^file (\d+)", parts.read_text(), re.MULTILINE)  # the system can take that back
         free.append(int(limit.read_text()) - int(used.read_text()) + int(file_cache[1] if file_cache else 0))
-    return min(free)
+    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def prepare_compiler(needs_cpp: bool) -> None:

@@ -7,6 +7,7 @@ number of query heads that share one KV head.
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -390,10 +391,16 @@ def uniform(number: Tensor) -> Tensor:
     return (((x ^ x >> 16) & 0x7FFFFF).float() + 0.5) / 2**23
 
 
-def exponential(pos: Tensor) -> Tensor:
-    """Exponential noise [B, H, n], above 0: one number for each position and head; -1 is read as 0."""
-    head = torch.arange(pos.shape[1], device=pos.device)[:, None]
-    return -uniform(pos.clamp(min=0).long() * pos.shape[1] + head).log()
+def token_numbers(pos: Tensor, first_head: int, n_heads: int) -> Tensor:
+    """[B, H, n] int64: another number for each position and head. The H heads are `first_head` and those after it, of
+    `n_heads` in all: position 5 has the numbers 40 to 47 in 8 heads, in whichever process they lie. -1 is read as 0."""
+    head = torch.arange(first_head, first_head + pos.shape[1], device=pos.device)[:, None]
+    return pos.clamp(min=0).long() * n_heads + head
+
+
+def exponential(number: Tensor) -> Tensor:
+    """Exponential noise, above 0, for each whole number from 0 on."""
+    return -uniform(number).log()
 
 
 def gaussian(seed: Tensor, rows: int, columns: int) -> Tensor:
@@ -504,3 +511,26 @@ def draw_noise(options, indexes: list[int]) -> Tensor:
         return torch.zeros(options.max_new_tokens, len(seeds), device="cpu")
     generators = [torch.Generator().manual_seed(seed % 2**63) for seed in seeds]
     return torch.stack([torch.rand(options.max_new_tokens, generator=g, device="cpu") for g in generators], dim=1)
+
+
+# ---- ranks: processes that share out the heads of one model -----------------------------------------------
+#
+# These are PyTorch's functional collectives: they return a new tensor, so a compiled graph holds them like any other
+# op. Each call is one message. Where there is one rank, no graph has any of them.
+
+
+def sum_over_ranks(x: Tensor, n_ranks: int) -> Tensor:
+    """The sum of all ranks' x, to the bit the same on each of them."""
+    if n_ranks == 1:
+        return x
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_reduce(x.contiguous(), "sum", dist.group.WORLD.group_name))
+
+
+def gather_over_ranks(x: Tensor, n_ranks: int, dim: int) -> Tensor:
+    """The x of all ranks side by side along `dim`, rank 0's first."""
+    if n_ranks == 1:
+        return x
+    ops = torch.ops._c10d_functional
+    stacked = ops.all_gather_into_tensor(x.contiguous(), n_ranks, dist.group.WORLD.group_name)
+    return torch.cat(ops.wait_tensor(stacked).chunk(n_ranks), dim)

@@ -4,8 +4,9 @@ The caller hands the model one function `attend(q, k, v)` per layer. Training pa
 decode pass methods of `cache.py`.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ import kernels
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shapes and constants of a Llama or Mistral checkpoint."""
+    """Shapes and constants of a Llama or Mistral checkpoint, or of the part of it that one rank holds."""
 
     vocab_size: int
     hidden_size: int
@@ -33,6 +34,32 @@ class ModelConfig:
     tie_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    n_ranks: int = 1  # processes that share out the model: heads and intermediate_size are those of this one
+    rank: int = 0  # which of them this is
+
+    def for_rank(self, rank: int, n_ranks: int) -> "ModelConfig":
+        """One rank's part of a whole model. Raises ValueError where heads or channels cannot be shared out evenly.
+
+        Llama-3-70B on 8 ranks: 8 of 64 query heads, 1 of 8 KV heads and 3,584 of 28,672 channels of each MLP.
+        """
+        most = math.gcd(self.n_kv_heads, self.intermediate_size)
+        if most % n_ranks:
+            fits = ", ".join(str(n) for n in range(1, most + 1) if most % n == 0)
+            have = f"{self.n_kv_heads} KV heads and {self.intermediate_size} channels of the MLP"
+            raise ValueError(f"{have} cannot be shared out evenly to {n_ranks} ranks: start one of {fits}")
+        heads = {"n_heads": self.n_heads // n_ranks, "n_kv_heads": self.n_kv_heads // n_ranks}
+        middle = self.intermediate_size // n_ranks
+        return replace(self, **heads, intermediate_size=middle, rank=rank, n_ranks=n_ranks)
+
+    @property
+    def head_rows(self) -> int:
+        """Tokens whose logits this rank computes: its share, or all where they cannot be shared out evenly."""
+        return self.vocab_size if self.vocab_size % self.n_ranks else self.vocab_size // self.n_ranks
+
+    @property
+    def all_kv_heads(self) -> int:
+        """KV heads of a layer, those of the other ranks too."""
+        return self.n_kv_heads * self.n_ranks
 
     def context_limit(self) -> tuple[int, str]:
         """The longest supported sequence, and the field of the config that sets it."""
@@ -53,11 +80,17 @@ class Llama(nn.Module):
             self.embed.reset_parameters()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.head_rows, bias=False)
         if config.tie_embeddings:
-            self.head.weight = self.embed.weight
+            self.tie_head()
         # Stays float32 whatever dtype the weights have: in bf16, far positions would be rounded to wrong angles.
         self.register_buffer("inv_freq", rope_frequencies(config), persistent=False)
+
+    def tie_head(self) -> None:
+        """Make the output head this rank's rows of the embedding, in the same memory."""
+        table, n = self.embed.weight, self.config.head_rows
+        whole = n == self.config.vocab_size
+        self.head.weight = table if whole else nn.Parameter(table.detach()[self.config.rank * n :][:n])
 
     def forward(self, tokens: Tensor, positions: Tensor, attends=None) -> Tensor:
         """tokens, positions [B, S] -> hidden states [B, S, hidden]; `attends` holds one function per layer."""
@@ -69,7 +102,10 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., hidden] -> [..., vocab] in float32."""
-        return self.head(hidden).float()
+        logits = self.head(hidden)
+        if logits.shape[-1] < self.config.vocab_size:
+            logits = kernels.gather_over_ranks(logits, self.config.n_ranks, -1)
+        return logits.float()
 
 
 def compiled_once(forward):
@@ -102,7 +138,7 @@ class Attention(nn.Module):
         self.widths = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
         # One matrix for q, k and v: one long read of memory is faster than three short ones.
         self.wqkv = Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
-        self.wo = Linear(self.widths[0], config.hidden_size, bias=config.attention_bias)
+        self.wo = SummedLinear(config, self.widths[0], config.attention_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
         q, k, v = (self.split_heads(t) for t in self.wqkv(x).split(self.widths, dim=-1))
@@ -117,7 +153,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.w_gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.w_down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.w_down = SummedLinear(config, config.intermediate_size, config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.w_gate_up(x).chunk(2, dim=-1)
@@ -127,6 +163,19 @@ class MLP(nn.Module):
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return kernels.linear(x, self.weight, self.bias)
+
+
+class SummedLinear(Linear):
+    """Back to the hidden size. A rank has some of the input channels, so the sum of all ranks is the product."""
+
+    def __init__(self, config: ModelConfig, width: int, bias: bool):
+        super().__init__(width, config.hidden_size, bias)
+        self.n_ranks = config.n_ranks
+        self.adds_bias = config.rank == 0  # once, not once for each rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = kernels.linear(x, self.weight, self.bias if self.adds_bias else None)
+        return kernels.sum_over_ranks(y, self.n_ranks)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -187,9 +187,9 @@ def vase(score: Tensor, prob: Tensor, age: Tensor, k: Tensor, v: Tensor) -> Tens
     return kernels.squared_norm(k, G) * kernels.squared_norm(v, G)
 
 
-def drawn_by_score(score: Tensor, pos: Tensor) -> Tensor:
-    """The highest are a sample without replacement by score: a token draws one number for life, from its position."""
-    return score / kernels.exponential(pos)  # the order of log(score) + Gumbel noise
+def drawn_by_score(score: Tensor, number: Tensor) -> Tensor:
+    """The highest are a sample without replacement by score: a token draws once for life, by its number."""
+    return score / kernels.exponential(number)  # the order of log(score) + Gumbel noise
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,8 @@ class Score:
     update: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     every_step: bool = True  # False: the result ignores `score`, so only selection steps need to compute it
     reads_kv: bool = False  # False: k and v may be None, because to unpack a storage format takes time
-    rank: Callable[[Tensor, Tensor], Tensor] | None = None  # (score, pos) -> what a selection compares in its place
+    # (score, number) -> what a selection compares in its place; number: of the token's position and head
+    rank: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 SCORES = {

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 
 import generate
-from cli.output import Printer, RowFile, check_outputs
+from cli import ranks
+from cli.output import Printer, RowFile, check_outputs, silence_stdout
 from cli.program import Parser, note, run_program
 from cli.prompts import Prompt, encode, read_prompts, read_turns, with_system
 from cli.trace import Trace
@@ -19,18 +20,25 @@ from generate import Conversation, Engine, Options, Request, Result, Stats, chec
 
 
 def main(argv: list[str] | None = None) -> int:
-    generate.log.setLevel(logging.INFO)
+    generate.log.setLevel(logging.INFO if ranks.RANK == 0 else logging.CRITICAL)
     logging.basicConfig(format="%(message)s", handlers=None if sys.stderr else [logging.NullHandler()])
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
-    return run_program("generate.py", lambda: run_command(parse_arguments(argv)))
+    if ranks.RANK:
+        silence_stdout()
+    return ranks.leave(run_program("generate.py", lambda: run_command(parse_arguments(argv))))
 
 
 def run_command(arguments: argparse.Namespace) -> None:
     options = Options(**{entry.name: getattr(arguments, entry.name) for entry in fields(Options)})
-    one_turn = arguments.prompt is not None and not sys.stdin.isatty()
-    converses = arguments.chat and arguments.prompt_file is None and not arguments.stdin and not one_turn
+    generate.join_ranks()
+    converses = ranks.from_first(lambda: is_conversation(arguments))
     (run_chat if converses else run_prompts)(arguments, options)
+
+
+def is_conversation(arguments: argparse.Namespace) -> bool:
+    one_turn = arguments.prompt is not None and not sys.stdin.isatty()
+    return arguments.chat and arguments.prompt_file is None and not arguments.stdin and not one_turn
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -69,12 +77,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     """Answer the given prompts: text to standard output, rows to --output, a summary to standard error."""
-    prompts = read_prompts(arguments)
+    rows = ranks.from_first(lambda: [asdict(prompt) for prompt in read_prompts(arguments)])
+    prompts = [Prompt(**row) for row in rows]
     if arguments.system is not None and not (arguments.chat or any(prompt.is_chat for prompt in prompts)):
         raise ValueError("--system is a chat's: add --chat")
+    if arguments.trace and ranks.N_RANKS > 1:
+        raise ValueError(f"--trace records all heads, and each of {ranks.N_RANKS} ranks has its own: run one process")
     inputs = inputs_of(arguments) | {"--prompt-file": arguments.prompt_file}
-    check_outputs({"--output": arguments.output, "--trace": arguments.trace}, inputs)
-    output = RowFile(arguments.output, arguments.resume, arguments.overwrite)
+    ranks.from_first(lambda: check_outputs({"--output": arguments.output, "--trace": arguments.trace}, inputs))
+    output = row_file(arguments.output, arguments.resume, arguments.overwrite)
     model, tokenizer = generate.load(options.checkpoint, options.device, options.dtype)
     ids = [encode(prompt, tokenizer, arguments.chat, arguments.system) for prompt in prompts]
     check_run(model.config, ids, options)
@@ -82,8 +93,9 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
     requests = [request_of(i, prompt, ids[i], questions[i], options) for i, prompt in enumerate(prompts)]
     trace = Trace(arguments.trace, options, model, ids) if arguments.trace else None
     identity = identity_of(options, model)
-    with output:
-        done = output.finished(identity, [digest(request) for request in requests])
+    with ranks.entered(output):
+        digests = [digest(request) for request in requests]
+        done = {tuple(pair) for pair in ranks.from_first(lambda: sorted(output.finished(identity, digests)))}
         samples = range(options.samples)
         wanted = {(request.index, sample) for request in requests for sample in samples}
         if done:
@@ -104,6 +116,12 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
         trace.save()
     note(summary(list(batches.values())))
     printer.close()
+
+
+def row_file(path: str | None, resume: bool = False, overwrite: bool = False) -> RowFile:
+    """--output. Rank 0 has it; what another rank writes goes nowhere."""
+    with ranks.together(ranks.N_RANKS):
+        return RowFile(path, resume, overwrite) if ranks.RANK == 0 else RowFile(None)
 
 
 def inputs_of(arguments: argparse.Namespace) -> dict[str, str | None]:
@@ -153,6 +171,7 @@ def summary(batches: list[Stats]) -> str:
     prefill, decode = sum(b.prefill_s for b in batches), sum(b.decode_s for b in batches)
     packed = "" if s.kv_format == Options.kv_format else f" in {s.kv_format}"
     packed += f", {s.samples} answers to each prompt" if s.samples > 1 else ""
+    packed += f" on each of {s.n_ranks} ranks" if s.n_ranks > 1 else ""
     every = f", a selection every {s.interval} steps" if s.interval else ""
     return (
         f"\npolicy   {s.policy}: heavy {s.heavy} + recent {s.recent} generated tokens per KV head, "
@@ -193,15 +212,17 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
         raise ValueError("--samples: a conversation goes on from one answer; give the prompt with --prompt-file")
     if arguments.resume:
         raise ValueError("--resume: a conversation cannot be resumed; give --output another file, or --overwrite")
-    check_outputs({"--output": arguments.output}, inputs_of(arguments))
-    output = RowFile(arguments.output, overwrite=arguments.overwrite)
+    ranks.from_first(lambda: check_outputs({"--output": arguments.output}, inputs_of(arguments)))
+    output = row_file(arguments.output, overwrite=arguments.overwrite)
     model, tokenizer = generate.load(options.checkpoint, options.device, options.dtype)
     tokenizer.chat([{"role": "user", "content": ""}])  # refuses now if there is no template
     history, conversation = tokenizer.chat_history(with_system([], arguments.system)), None
     if sys.stdin.isatty():
-        note("One line is one turn. Ctrl-C stops an answer, Ctrl-D ends the conversation.")
-    with output:
-        for number, text in enumerate(read_turns(arguments.prompt)):
+        stops = "stops an answer, Ctrl-D ends" if ranks.N_RANKS == 1 else "or Ctrl-D ends"
+        note(f"One line is one turn. Ctrl-C {stops} the conversation.")
+    turns = read_turns(arguments.prompt)  # only rank 0 takes one
+    with ranks.entered(output):
+        for number, text in enumerate(iter(lambda: ranks.from_first(lambda: next(turns, None)), None)):
             ids, continues = history.add_question(text)
             if continues:
                 conversation.read(ids)
@@ -223,7 +244,13 @@ def run_chat(arguments: argparse.Namespace, options: Options) -> None:
 
 @contextmanager
 def stopping_at_ctrl_c() -> Iterator:
-    """Gives a function that says whether Ctrl-C was pressed; pressed twice, it interrupts as always."""
+    """Gives a function that says whether Ctrl-C was pressed; pressed twice, it interrupts as always.
+
+    Of several ranks none may stop alone, and to agree would be one more message in each step: there it interrupts.
+    """
+    if ranks.N_RANKS > 1:
+        yield generate.no_callback
+        return
     pressed = []
 
     def press(*_) -> None:

@@ -6,11 +6,13 @@ import re
 import sys
 from collections.abc import Callable
 
+from cli import ranks
 from scope import one_line
 
 
-def note(text: str) -> None:
-    if sys.stderr:  # None where the shell has closed it; print would then write to standard output
+def note(text: str, from_any_rank: bool = False) -> None:
+    # sys.stderr is None where the shell has closed it; print would then write to standard output.
+    if sys.stderr and (ranks.RANK == 0 or from_any_rank):
         print(text, file=sys.stderr, flush=True)
 
 
@@ -43,7 +45,17 @@ def dashed(word: str) -> str:
 
 
 def run_program(name: str, work: Callable[[], None]) -> int:
-    """The exit status. 0: done; 2: a mistake, said in one line; 1: the reader of our output has gone; 130: Ctrl-C."""
+    """The exit status. 0: done; 2: a mistake, said in one line; 1: the reader of our output has gone, or another rank;
+    130: Ctrl-C."""
+    try:
+        return end_of(name, work)
+    except KeyboardInterrupt:  # also while a lost rank is looked into: Ctrl-C has ended that one first
+        ranks.leave_word("interrupted")
+        note(f"\n{name}: interrupted")
+        return 130
+
+
+def end_of(name: str, work: Callable[[], None]) -> int:
     try:
         work()
         return 0
@@ -52,9 +64,20 @@ def run_program(name: str, work: Callable[[], None]) -> int:
 
         silence_stdout()
         return 1
-    except (ValueError, OSError) as error:
-        note(f"{name}: error: {one_line(error)}")
+    except Exception as error:
+        if ranks.lost_a_peer(error):
+            if not ranks.peer_said_why():
+                complain(name, f"another rank has ended: {one_line(error)}")
+            return 1
+        if not isinstance(error, ValueError | OSError):  # a crash, which Python reports
+            ranks.leave_word(one_line(error))
+            raise
+        complain(name, one_line(error))
         return 2
-    except KeyboardInterrupt:
-        note(f"\n{name}: interrupted")
-        return 130
+
+
+def complain(name: str, mistake: str) -> None:
+    """Say once what all ranks end with; a rank that is alone with it says its number."""
+    if ranks.must_say(mistake):
+        rank = f"rank {ranks.RANK}: " if ranks.RANK else ""
+        note(f"{name}: {rank}error: {mistake}", from_any_rank=True)

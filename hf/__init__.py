@@ -7,8 +7,11 @@ from hf.checkpoint import find_checkpoint, find_device, find_dtype, load_model, 
 from hf.tokenizer import load_tokenizer
 
 
-def load_checkpoint(name: str, device: str, dtype: str):
-    """Directory or hub id -> (Llama, Tokenizer). Raises ValueError, in one line, for what cannot be run."""
+def load_checkpoint(name: str, device: str, dtype: str, rank: int = 0, n_ranks: int = 1):
+    """Directory or hub id -> (Llama, Tokenizer). Raises ValueError, in one line, for what cannot be run.
+
+    Of several ranks each reads its own part of the weights, and nothing else of them.
+    """
     where = find_device(device)
     if dtype != "auto":
         find_dtype(dtype, {})  # refuses now what would be refused after a download
@@ -17,4 +20,4 @@ def load_checkpoint(name: str, device: str, dtype: str):
     raw = read_json(folder / "config.json")
     config = parse_config(raw, folder / "config.json")
     tokenizer = load_tokenizer(folder, raw, config.vocab_size)
-    return load_model(folder, config, where, find_dtype(dtype, raw)), tokenizer
+    return load_model(folder, config, where, find_dtype(dtype, raw), rank, n_ranks), tokenizer

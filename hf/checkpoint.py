@@ -282,7 +282,8 @@ HF_NAMES = {
 
 
 def hf_pieces(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[str, tuple]]:
-    """The tensors, with their shapes, that are stacked into our parameter `name` of this shape.
+    """The tensors, with their shapes, that are stacked into our parameter `name` of this shape. Of a rank's parameter
+    they are the shapes of its parts.
 
     "layers.2.mlp.w_gate_up.weight" is made of "model.layers.2.mlp.gate_proj.weight" and "...up_proj.weight".
     """
@@ -301,23 +302,27 @@ def hf_pieces(name: str, shape: torch.Size, config: ModelConfig) -> list[tuple[s
 LONG_LOAD = 10**9  # bytes of weights from which on reading them shows its progress
 
 
-def load_model(folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Llama:
+def load_model(
+    folder: Path, config: ModelConfig, device: torch.device, dtype: torch.dtype, rank: int = 0, n_ranks: int = 1
+) -> Llama:
+    """config: of the whole model, and so are the checks; what is read and built is this rank's part."""
     stored = open_weights(folder)
     config = untie(config, stored, folder)
     check_weights(stored, folder, config)  # first: a model larger than its file could fill the memory
+    config = config.for_rank(rank, n_ranks)
     with torch.device("meta"):  # shapes only: no memory is taken twice
         model = Llama(config)
     if not (model.inv_freq * config.max_positions).isfinite().all():
         raise ValueError(f"{folder / 'config.json'}: rope_theta and its scaling overflow float32: correct them")
     weights, shapes = {}, model.state_dict()
     is_small = sum(tensor.numel() for tensor in shapes.values()) * dtype.itemsize < LONG_LOAD
-    for name, tensor in tqdm(shapes.items(), "reading weights", disable=is_small, unit=" tensors"):
-        pieces = [piece for piece, _ in hf_pieces(name, tensor.shape, config)]
-        tensors = [read_tensor(stored, piece, dtype, folder) for piece in pieces]
+    for name, tensor in tqdm(shapes.items(), "reading weights", disable=is_small or rank > 0, unit=" tensors"):
+        pieces = hf_pieces(name, tensor.shape, config)
+        tensors = [read_tensor(stored, piece, shape, rank, dtype, folder) for piece, shape in pieces]
         weights[name] = torch.cat(tensors).to(device) if len(tensors) > 1 else tensors[0].to(device)
     model.load_state_dict(weights, assign=True)
     if config.tie_embeddings:
-        model.head.weight = model.embed.weight
+        model.tie_head()
     return model.to(device).eval().requires_grad_(False)
 
 
@@ -333,13 +338,26 @@ def untie(config: ModelConfig, stored: dict, folder: Path) -> ModelConfig:
     return replace(config, tie_embeddings=False)
 
 
-def read_tensor(stored: dict, name: str, dtype: torch.dtype, folder: Path) -> Tensor:
-    tensor = stored[name].get_tensor(name).to(dtype)
+def read_tensor(stored: dict, name: str, shape: tuple, rank: int, dtype: torch.dtype, folder: Path) -> Tensor:
+    part = read_part(stored[name].get_slice(name), shape, rank)
+    tensor = part.to(dtype).contiguous()
     if not is_finite(tensor):
         what = f"checkpoint {folder}: tensor {name} holds NaN or infinity"
-        narrow = dtype == torch.float16 and is_finite(stored[name].get_tensor(name))
+        narrow = dtype == torch.float16 and is_finite(part)
         raise ValueError(f"{what} in float16: give --dtype float32" if narrow else f"{what}: download it again")
     return tensor
+
+
+def read_part(stored, shape: tuple, rank: int) -> Tensor:
+    """The part of this shape of a tensor in a file: where the file's is longer, part number `rank`.
+
+    Of a q_proj of [64, 32] the shape [16, 32] on rank 2 is rows 32 to 47; of an o_proj of [32, 64] the shape [32, 16]
+    is columns 32 to 47. A norm has the same length in both, so each rank reads all of it.
+    """
+    starts = [rank * n if n < whole else 0 for n, whole in zip(shape, stored.get_shape(), strict=True)]
+    part = stored[tuple(slice(start, start + n) for start, n in zip(starts, shape, strict=True))]
+    # The part is a view: without a copy the process would keep all of the tensor that it was cut from.
+    return part if list(shape) == stored.get_shape() else part.clone(memory_format=torch.contiguous_format)
 
 
 def split_weights(model: Llama) -> dict[str, Tensor]:

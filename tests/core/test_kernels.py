@@ -289,7 +289,7 @@ def test_the_highest_after_division_by_exponential_noise_are_a_sample_by_score()
     """Scores 3, 2, 1: the first place goes to them in 3, 2 and 1 of 6 cases. The second, after the 3 (half of all
     cases), goes to the 2 in 2 of 3."""
     pos = torch.arange(60_000, dtype=torch.int32).view(1, 1, -1, 3)
-    worth = torch.tensor([3.0, 2.0, 1.0]) / kernels.exponential(pos.flatten(2)).view(-1, 3)
+    worth = torch.tensor([3.0, 2.0, 1.0]) / kernels.exponential(pos.long()).view(-1, 3)
     order = worth.argsort(descending=True)
     for token, share in enumerate((3 / 6, 2 / 6, 1 / 6)):
         assert abs((order[:, 0] == token).float().mean() - share) < 0.01
@@ -297,5 +297,8 @@ def test_the_highest_after_division_by_exponential_noise_are_a_sample_by_score()
 
 
 def test_each_head_draws_numbers_of_its_own_and_each_row_the_same():
-    noise = kernels.exponential(torch.arange(9, dtype=torch.int32).expand(2, 3, 9))
+    pos = torch.arange(9, dtype=torch.int32).expand(2, 3, 9)
+    noise = kernels.exponential(kernels.token_numbers(pos, 0, 3))
     assert torch.equal(noise[0], noise[1]) and noise[0].unique().numel() == 27
+    last = kernels.exponential(kernels.token_numbers(pos[:, 2:], 2, 3))  # where this head lies in a process of its own
+    assert torch.equal(last, noise[:, 2:])

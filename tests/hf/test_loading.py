@@ -1,6 +1,7 @@
 """Checkpoints: every spelling loads alike, and whatever cannot be run is refused in one line that says why."""
 
 import json
+import math
 import os
 import shutil
 from unittest.mock import Mock
@@ -16,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from checkpoints import CONFIG, make_checkpoint, random_weights, write_fast_tokenizer, write_json
 from cli.main import main
 from generate import load
-from hf.checkpoint import split_weights
+from hf import checkpoint, load_checkpoint
+from hf.checkpoint import hf_shapes, parse_config, split_weights
 
 
 @pytest.fixture(scope="session")
@@ -246,6 +248,63 @@ def test_split_weights_is_the_inverse_of_load_model(tmp_path, changes):
     (folder / "model.safetensors").unlink()
     save_file(split, folder / "model.safetensors")
     assert torch.equal(logits(folder), before)
+
+
+# ---- one rank's part
+
+
+class Watched:
+    """An open file of weights that counts the numbers which are taken from it."""
+
+    def __init__(self, handle):
+        self.handle = handle
+        self.taken = {}
+
+    def keys(self):
+        return self.handle.keys()
+
+    def get_slice(self, name):
+        stored = self.handle.get_slice(name)
+
+        class Slice:
+            get_shape, get_dtype = stored.get_shape, stored.get_dtype
+
+            def __getitem__(_, index):
+                part = stored[index]
+                self.taken[name] = part.numel()
+                return part
+
+        return Slice()
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention_bias": True, "mlp_bias": True}, {"vocab_size": 321}])
+def test_a_rank_reads_its_own_part_of_each_tensor_and_the_parts_make_up_the_whole(tmp_path, monkeypatch, changes):
+    folder = make_checkpoint(tmp_path, **changes)
+    whole, watched = load_checkpoint(str(folder), "cpu", "auto")[0].state_dict(), []
+    real = checkpoint.open_shard
+    monkeypatch.setattr(checkpoint, "open_shard", lambda file: watched.append(Watched(real(file))) or watched[-1])
+    ranks = [load_checkpoint(str(folder), "cpu", "auto", rank, 2)[0] for rank in range(2)]
+    shapes = hf_shapes(parse_config(json.loads((folder / "config.json").read_text()), folder))
+    kept = ("embed_tokens", "norm", "o_proj.bias", "down_proj.bias", *(["lm_head"] if "vocab_size" in changes else []))
+    for taken in (handle.taken for handle in watched):
+        wanted = {
+            name: math.prod(shape) // (1 if any(part in name for part in kept) else 2) for name, shape in shapes.items()
+        }
+        assert taken == wanted
+    for name, parts in ((name, [rank.state_dict()[name] for rank in ranks]) for name in whole):
+        assert torch.equal(joined(name, parts, whole[name]), whole[name]), name
+
+
+def joined(name, parts, whole):
+    """The whole of a parameter from those of two ranks, by hand."""
+    if parts[0].shape == whole.shape:
+        assert torch.equal(*parts)
+        return parts[0]
+    if name.endswith(("wo.weight", "w_down.weight")):
+        return torch.cat(parts, 1)
+    rows = {"wqkv": [16, 8, 8], "w_gate_up": [24, 24], "head": [160]}[name.split(".")[-2]]  # of a rank
+    pairs = zip(*(part.split(rows) for part in parts), strict=True)
+    return torch.cat([half for pair in pairs for half in pair])
 
 
 # ---- what is refused
