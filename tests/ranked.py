@@ -60,6 +60,7 @@ RUNS["one row at a time"] = {"batch_size": 1, "compress": "adakv"} | COMPRESSED
 RUNS["question"] = {"compress": "finch", "questions": [3, 1, 4]} | COMPRESSED
 RUNS["fewer channels"] = {"compress": "snapkv", "key_channels": 0.5} | COMPRESSED
 RUNS["hot"] = {"policy": "slide", "temperature": 1.2, "top_k": 60, "top_p": 0.9, "seed": 3}
+RUNS["samples"] = RUNS["hot"] | COMPRESSED | {"samples": 3, "compress": "adakv", "top_k": 8}
 TALKS = {policy: {"policy": policy} for policy in ("slide", "discontinuous", "h2o", "streaming")}
 TALKS["adakv"] = {"policy": "slide", "compress": "adakv", "score": "sampled"} | COMPRESSED
 TALKS["packed"] = {"policy": "h2o", "kv_format": "k8v4"}
