@@ -270,13 +270,15 @@ def attention_output(prob: Tensor, v: Stored, dtype: torch.dtype) -> Tensor:
     return apart(y, prob.shape[0])
 
 
-MOST_SUMS = 8  # queries per KV head that one loop serves; with more of them, which share a prompt, compute counts
+# Queries per KV head that one loop serves. Only answers that share a prompt have more. Then arithmetic takes longer than
+# reading, and the matrix library is faster, although it needs the layer's prompt in float32.
+MOST_SUMS = 8
 
 
 def folds(x: Tensor, stored: Stored) -> bool:
     """Whether the product with x [B, H, G, n] is written as sums that compile into one loop, which unpacks codes."""
-    shared = x.shape[2] > MOST_SUMS and x.device.type == "cpu"
-    return not shared and (fuses(x) or torch.compiler.is_compiling() and stored.scale is not None)
+    many = x.shape[2] > MOST_SUMS and x.device.type == "cpu"
+    return not many and (fuses(x) or torch.compiler.is_compiling() and stored.scale is not None)
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
