@@ -124,14 +124,14 @@ def test_a_mistake_on_all_ranks_or_on_one_ends_all_with_one_line_of_rank_0(sever
 def test_only_rank_0_knows_which_rows_are_there_to_resume(several, five, tiny, capsys):
     folder, found = several
     assert [status for status, _ in found["all"] + found["resume"]] == [0] * 4
-    assert found["resume"][0][1] == [f"5 of 5 prompts have a row in {folder}/resumed.jsonl already"]
+    assert found["resume"][0][1] == [f"5 of 5 answers have a row in {folder}/resumed.jsonl already"]
     assert found["resume"][1] == (0, [])
     path = folder / "resumed.jsonl"
     whole = rows_of(path)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     flags = ["--checkpoint", str(tiny), "--prompt-file", five, *SHORT, "--output", str(path), "--resume"]
     assert main(flags) == 0  # one process goes on with what two have written
-    assert "2 of 5 prompts have a row" in capsys.readouterr().err
+    assert "2 of 5 answers have a row" in capsys.readouterr().err
     assert rows_of(path) == whole
 
 
