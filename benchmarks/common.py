@@ -237,7 +237,7 @@ def read_some_rows(path: Path | str, parse: Callable[[dict], object], limit: int
 
 # Settings with flags of their own, the same for all methods, and those that greedy decoding has no use for.
 NOT_OF_A_METHOD = {"checkpoint", "policy", "max_new_tokens", "batch_size", "device", "dtype", "compile"}
-NOT_OF_A_METHOD |= {"temperature", "top_k", "top_p", "seed"}
+NOT_OF_A_METHOD |= {"temperature", "top_k", "top_p", "seed", "samples"}
 ONLY_SPEED = ("checkpoint", "device", "dtype", "batch_size", "compile")  # settings that change no token
 
 

@@ -691,6 +691,7 @@ def test_names_that_would_overlap_are_moved_apart():
         (["--mini", "--methods", "slide:ignore_eos=yes"], "setting ignore_eos=yes: a value of type bool"),
         (["--mini", "--methods", "slide:score=none"], "unknown score 'none'"),
         (["--mini", "--set", "temperature=1"], "unknown setting 'temperature'"),
+        (["--mini", "--methods", "slide:samples=4"], "unknown setting 'samples'"),
         (["--mini", "--decode-budget", "2"], "--decode-budget: 2 is not above 0 and at most 1"),
         (["--mini", "--prompt-share", "0"], "--prompt-share: 0 is not above 0"),
         (["--mini", "--recent", "900"], "--recent is 900: it must be 0 to"),
