@@ -270,8 +270,8 @@ def attention_output(prob: Tensor, v: Stored, dtype: torch.dtype) -> Tensor:
     return apart(y, prob.shape[0])
 
 
-# Queries per KV head that one loop serves. Only answers that share a prompt have more. Then arithmetic takes longer than
-# reading, and the matrix library is faster, although it needs the layer's prompt in float32.
+# Queries per KV head that one loop serves. Only answers that share a prompt have more. Then arithmetic takes longer
+# than reading, and the matrix library is faster, although it needs the layer's prompt in float32.
 MOST_SUMS = 8
 
 
