@@ -301,28 +301,21 @@ def apart(x: Tensor, B: int) -> Tensor:
 def dot(q: Tensor, k: Stored) -> Tensor:
     """q [B, H, G, head_dim] times stored keys -> [B, H, G, n] float32.
 
-    One sum per query, as in `linear`: the compiler fuses them into one loop that reads and unpacks each key once.
+    One sum per query, as in `linear`: the compiler fuses them into one loop that reads each key once. With packed keys
+    such a loop is slower. Their scale is folded in: q . (code * scale + low) = (q . code) * scale + sum(q) * low.
     """
     if k.scale is None:
         return torch.stack([(one[:, :, None].float() * k.codes.float()).sum(-1) for one in q.unbind(2)], 2)
     # Two halves make the compiler store q as float32. Beside a bf16 operand it would convert codes one at a time.
     q = torch.cat([half.float() for half in q.chunk(2, -1)], -1)
     q = rotate(q) if k.rotated else q
-    return torch.stack([dot_codes(one, k) for one in q.unbind(2)], 2)
-
-
-def dot_codes(q: Tensor, k: Stored) -> Tensor:
-    """q [B, H, head_dim] times packed keys -> [B, H, n].
-
-    The scale is folded into the product: q . (code * scale + low) = (q . code) * scale + sum(q) * low.
-    """
     total = 0.0
     for part, (codes, scale, low) in zip(q.chunk(k.n_groups, -1), groups(k), strict=True):
         pairs = zip(part.chunk(len(codes), -1), codes, strict=True)
-        products = sum(channels[:, :, None] * code for channels, code in pairs)
-        total = total + products.sum(-1) * scale
+        products = sum(channels[:, :, :, None] * code[:, :, None] for channels, code in pairs)
+        total = total + products.sum(-1) * scale[:, :, None]
         if low is not None:
-            total = total + part.sum(-1, keepdim=True) * low
+            total = total + part.sum(-1, keepdim=True) * low[:, :, None]
     return total
 
 
@@ -332,22 +325,19 @@ VECTOR = 32  # channels of V that one vectorized loop adds up
 def weighted_sum(prob: Tensor, v: Stored) -> Tensor:
     """prob [B, H, G, n_slots] times stored values [B, H, n_slots, head_dim] -> [B, H, G, head_dim] float32.
 
-    One sum per query, which reads V once for all of them. Each is split by channels: a single sum would read V once per
-    32 channels, wherever V is a prefix of the slots.
+    One sum per query, as in `dot`. Each is split by channels: a single sum would read V once per 32 channels, wherever
+    V is a prefix of the slots.
     """
-    y = torch.stack([torch.cat(channel_sums(one, v), -1) for one in prob.unbind(2)], 2)
-    return rotate(y) if v.rotated else y
-
-
-def channel_sums(prob: Tensor, v: Stored) -> list[Tensor]:
-    """prob [B, H, n_slots] times values -> [B, H, n] each, of n channels at a time."""
     if v.scale is None:
-        return [(prob[..., None] * part.float()).sum(2) for part in v.codes.split(VECTOR, -1)]
+        parts = v.codes.split(VECTOR, -1)
+        sums = [torch.cat([(one[..., None] * part.float()).sum(2) for part in parts], -1) for one in prob.unbind(2)]
+        return torch.stack(sums, 2)
     sums = []
     for codes, scale, low in groups(v):
-        offset = 0.0 if low is None else (prob * low).sum(-1, keepdim=True)
-        sums += [((prob * scale)[..., None] * code).sum(2) + offset for code in codes]
-    return sums
+        weight = (prob * scale[:, :, None])[..., None]
+        offset = 0.0 if low is None else (prob * low[:, :, None]).sum(-1, keepdim=True)
+        sums += [(weight * code[:, :, None]).sum(3) + offset for code in codes]
+    return rotate(torch.cat(sums, -1)) if v.rotated else torch.cat(sums, -1)
 
 
 def write_slots(buffer: Tensor, slots: Tensor, values: Tensor) -> None:
