@@ -11,8 +11,12 @@ A conversation goes on in the same buffers. Before a later turn is read, the cac
 answer behind the prompt, and the decode slots are free again. `rewind` marks dead whatever came after a snapshot.
 """
 
+import math
+import os
+import re
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -397,6 +401,21 @@ def pick(x: Tensor, pos: Tensor) -> Tensor:
 def round_up(n: int, multiple: int) -> int:
     """The least multiple that is at least n: round_up(65, 64) is 128."""
     return (n + multiple - 1) // multiple * multiple
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that the process may still take, of the GPU or of the machine and its cgroup; inf where nobody says. The
+    ranks of one machine share its memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [math.inf]
+    if Path("/proc/meminfo").exists():
+        free += [1024 * int(kb) for kb in re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())]
+    limit, used, parts = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current", "stat"))
+    if limit.exists() and limit.read_text().strip().isdigit():
+        file_cache = re.search(r"^file (\d+)", parts.read_text(), re.MULTILINE)  # the system can take that back
+        free.append(int(limit.read_text()) - int(used.read_text()) + int(file_cache[1] if file_cache else 0))
+    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class Cache(nn.Module):

@@ -14,36 +14,21 @@ if __name__ == "__main__":  # Ctrl-C during the 3 s in which torch is imported e
 import json
 import logging
 import math
-import re
 import sys
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 import kernels
-from cache import Cache, CacheSize, CacheSnapshot, StepInput, round_up
+import scope
+from cache import Cache, CacheSize, CacheSnapshot, StepInput, free_memory, round_up
 from model import Llama, ModelConfig
-from scope import (
-    COMPRESSORS,
-    FORMATS,
-    FULL,
-    SCORES,
-    STRATEGIES,
-    WHOLE_PROMPT,
-    Policy,
-    PromptPolicy,
-    one_line,
-    require,
-    require_known,
-)
+from scope import Policy, PromptPolicy, one_line, require, require_known
 
 log = logging.getLogger("scope")
 MINI = Path(__file__).parent / "checkpoints" / "mini"
@@ -58,12 +43,12 @@ class Options:
     """Every setting and its default; `--help` prints them. Raises ValueError for a value that is impossible."""
 
     checkpoint: str = option("checkpoints/mini", "directory in Hugging Face format, or hub id", metavar="DIR_OR_HUB_ID")
-    policy: str = option("discontinuous", "what happens to generated tokens in the cache", choices=list(STRATEGIES))
+    policy: str = option("discontinuous", "what happens to generated tokens", choices=list(scope.STRATEGIES))
     heavy: int = option(128, "heavy hitters: generated tokens kept per KV head for their score")
     recent: int = option(64, "newest generated tokens, always kept")
-    score: str = option("cumulative", "what ranks generated tokens", choices=list(SCORES))
+    score: str = option("cumulative", "what ranks generated tokens", choices=list(scope.SCORES))
     interval: int = option(0, "steps from one selection to the next; 0: the policy's own")
-    compress: str = option("full", "what happens to the prompt after prefill", choices=list(COMPRESSORS))
+    compress: str = option("full", "what happens to the prompt after prefill", choices=list(scope.COMPRESSORS))
     prompt_budget: int = option(2048, "prompt tokens that --compress keeps per KV head")
     obs_window: int = option(32, "of those, the last tokens of the prompt, always kept; some methods score by them")
     layer_shares: str = option("", "each layer's share of --prompt-budget, as benchmarks/calibrate.py has measured it: "
@@ -73,7 +58,7 @@ class Options:
     key_channels: float = option(1.0, "a study that saves no memory: prompt keys before --obs-window keep this share "
                                  "of their channels, and the others are set to 0")  # fmt: skip
     kv_format: str = option("model", "how keys and values are stored: as the model's dtype, or in fewer bits",
-                            choices=list(FORMATS))  # fmt: skip
+                            choices=list(scope.FORMATS))  # fmt: skip
     max_new_tokens: int = option(512, "most tokens to generate (the paper's T: growing budgets are full there)")
     temperature: float = option(0.0, "0: greedy")
     top_k: int = option(0, "sample from this many likeliest tokens; 0: all")
@@ -97,8 +82,7 @@ class Options:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2**63")
         require(self.samples >= 1, "samples", self.samples, "1 or more")
-        require(self.seed + self.samples <= 2**63, "samples", self.samples, f"at most 2**63 - {self.seed}, the seed")
-        frozen = ", ".join(name for name, strategy in STRATEGIES.items() if strategy.frozen_prompt)
+        frozen = ", ".join(name for name, strategy in scope.STRATEGIES.items() if strategy.frozen_prompt)
         shares = self.samples == 1 or policy.strategy.frozen_prompt
         require(shares, "samples", self.samples, f"1 where answers evict the prompt: choose a policy of {frozen}")
         differ = self.samples == 1 or self.temperature > 0
@@ -111,7 +95,7 @@ class Options:
     def rules(self) -> tuple[Policy, PromptPolicy]:
         """What scope.py makes of these settings, for generated tokens and for the prompt."""
         policy = Policy(self.policy, self.heavy, self.recent, self.score, self.interval)
-        require_known("kv_format", self.kv_format, FORMATS)
+        require_known("kv_format", self.kv_format, scope.FORMATS)
         shares = read_shares(self.layer_shares).get(self.compress, ())
         prompt = PromptPolicy(self.compress, self.prompt_budget, self.obs_window, shares, self.key_channels)
         return policy, prompt
@@ -128,12 +112,8 @@ def read_shares(path: str) -> dict[str, tuple]:
     for row in shares.values():
         numbers = all(type(share) in (int, float) and 0 < share <= len(row) for share in row)
         holds = numbers and abs(sum(row) - len(row)) <= len(row) / 100
-        require(
-            holds,
-            f"layer_shares {path}",
-            list(row),
-            "numbers above 0 with the mean 1, as benchmarks/calibrate.py writes them",
-        )
+        wanted = "numbers above 0 with the mean 1, as benchmarks/calibrate.py writes them"
+        require(holds, f"layer_shares {path}", list(row), wanted)
     return shares
 
 
@@ -143,78 +123,17 @@ def load(checkpoint: str = Options.checkpoint, device: str = Options.device, dty
     Where torchrun has started several processes, each must call it, and gets its own part of the model.
     """
     log.info("loading %s", checkpoint)
-    from hf import load_checkpoint  # here: a fork with a tokenizer of its own needs the five files alone
+    from cli import ranks  # here: a fork with a tokenizer of its own needs the five files alone
+    from hf import load_checkpoint
 
-    rank, n_ranks = join_ranks()
-    with together(n_ranks):
-        device = device_of_rank(device) if n_ranks > 1 else device
-        model, tokenizer = load_checkpoint(place_of(checkpoint), device, dtype, rank, n_ranks)
-    if n_ranks > 1 and model.embed.weight.is_cuda:
-        torch.cuda.set_device(device)  # for what else a library allocates
-    return model, tokenizer
+    rank, n_ranks = ranks.join()
+    with ranks.all_or_none(n_ranks):
+        return load_checkpoint(place_of(checkpoint), ranks.take_device(device, n_ranks), dtype, rank, n_ranks)
 
 
 def place_of(checkpoint: str) -> str:
     """The default names the bundled model in any directory, but a folder of that name in this one goes first."""
     return str(MINI) if checkpoint == Options.checkpoint and not Path(checkpoint).is_dir() else checkpoint
-
-
-# ---- ranks: the processes that torchrun starts, which share out one model ------------------------------------
-
-
-def join_ranks() -> tuple[int, int]:
-    """(this process's rank, how many there are): (0, 1) unless torchrun has started several, whose group it joins."""
-    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
-    if n_ranks == 1:
-        return 0, 1
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(days=1))  # a person may think for long between turns
-        except (RuntimeError, ValueError) as error:
-            why = f"{one_line(error)}: start all by torchrun, or unset WORLD_SIZE"
-            raise ValueError(f"the group of {n_ranks} ranks cannot be joined: {why}") from None
-    return dist.get_rank(), dist.get_world_size()
-
-
-def device_of_rank(name: str) -> str:
-    """auto, cuda -> the GPU with this rank's number on its machine; hf refuses it where there are fewer GPUs."""
-    require(name in ("auto", "cpu", "cuda"), "device", repr(name), "auto, cpu or cuda: each rank has its own")
-    uses_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return f"cuda:{os.environ['LOCAL_RANK']}" if uses_gpu else "cpu"
-
-
-def exchange(value, n_ranks: int) -> list:
-    """The JSON values of all ranks, rank 0's first. They travel as bytes, not pickled: unpickling can run code."""
-    if n_ranks == 1:
-        return [value]
-    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    sizes = torch.zeros(n_ranks, 1, dtype=torch.int64)
-    dist.all_gather(list(sizes), torch.tensor([len(content)]))
-    blocks = torch.zeros(n_ranks, int(sizes.max()), dtype=torch.uint8)
-    dist.all_gather(list(blocks), torch.nn.functional.pad(content, (0, blocks.shape[1] - len(content))))
-    return [json.loads(block[:size].numpy().tobytes()) for block, size in zip(blocks, sizes.flatten(), strict=True)]
-
-
-@contextmanager
-def together(n_ranks: int) -> Iterator[None]:
-    """All ranks do what is in it, or none: a mistake on one of them is raised on each.
-
-    Otherwise the others would go on to the next message, and wait there for the one that has left.
-    """
-    if n_ranks == 1:
-        yield
-        return
-    mistake = None
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        mistake = error
-    said = exchange(mistake and one_line(mistake), n_ranks)
-    wrong = [rank for rank, text in enumerate(said) if text is not None]
-    if wrong:
-        whose = f"rank {wrong[0]}: " if wrong[0] else ""
-        raise ValueError(whose + said[wrong[0]]) from mistake
 
 
 # ---- generating -------------------------------------------------------------------------------------------
@@ -412,10 +331,10 @@ def deliver(engine: "Engine", rows: list["Row"], pending: list[Tensor], on_text)
     for i, row in enumerate(rows):
         tokens = [step[i] for step in steps]
         if kernels.BROKEN in tokens and not row.finish_reason:
-            broken = (
+            token = (
                 f"prompt {row.request.index}: the logits of token {len(row.tokens) + tokens.index(kernels.BROKEN) + 1}"
             )
-            raise ValueError(f"{broken} are not finite: try --dtype float32, or other weights")
+            raise ValueError(f"{token} are not finite: try --dtype float32, or other weights")
         if text := row.take([token for token in tokens if token >= 0], bool(stopped[i])):
             on_text(row.number, text)
 
@@ -496,8 +415,7 @@ def cpu_options(kv_format: str) -> dict:
     again for each output channel (5.5 against 3.4 ms a step). But words of codes must be unpacked inside of the sum, in
     40 ops at most: what is stored would be a copy of the cache. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
     """
-    packed = any(format.bits < 16 for format in FORMATS[kv_format])
-    most_ops = 40 if packed else 6
+    most_ops = 40 if any(format.bits < 16 for format in scope.FORMATS[kv_format]) else 6
     return {"realize_reads_threshold": 1, "realize_opcount_threshold": most_ops, "cpp.vec_isa_ok": True}
 
 
@@ -517,9 +435,8 @@ class Engine:
         self.options = options
         self.size = size
         self.device = model.embed.weight.device
-        with together(model.config.n_ranks):
-            self.check_memory()
-            self.cache = self.allocate(*options.rules(), size, self.device, options.kv_format)
+        self.check_memory()
+        self.cache = self.allocate(*options.rules(), size, self.device, options.kv_format)
         self.sampler = sampler or kernels.Sampler(options, [] if options.ignore_eos else stop_ids).to(self.device)
         self.decode_step = decode_step
         self.noise: Tensor  # [T, B] one number per token, for sampling
@@ -534,17 +451,22 @@ class Engine:
         self.compile_s = self.compile() if options.compile else 0.0
 
     def check_memory(self) -> None:
-        """Raises ValueError for a cache that does not fit: the system would kill the process when it fills up."""
+        """Raises ValueError for a cache that does not fit: the system would kill the process when it fills up.
+
+        The rank with the least memory decides for all, so that none waits for one that has ended.
+        """
         need = self.allocate(*self.options.rules(), self.size, "meta", self.options.kv_format).nbytes
-        free = free_memory(self.device)
+        n_ranks = self.model.config.n_ranks
+        free = torch.tensor([free_memory(self.device)], dtype=torch.float64, device=self.device)
+        free = kernels.gather_over_ranks(free, n_ranks, 0).min().item()
         if need > free:
             rows = int(self.size.batch * free / need)
             remedy = f"lower --batch-size to {rows}" if rows else "lower --max-new-tokens, or shorten the prompt"
-            each = " per rank" if self.model.config.n_ranks > 1 else ""
+            each = " per rank" if n_ranks > 1 else ""
             raise ValueError(f"the KV cache takes {need / 1e9:.1f} GB{each} and {free / 1e9:.1f} GB are free: {remedy}")
 
     def allocate(self, policy: Policy, prompt: PromptPolicy, size: CacheSize, device, kv_format: str) -> Cache:
-        formats = FORMATS[kv_format]
+        formats = scope.FORMATS[kv_format]
         try:
             with torch.device(device):
                 return Cache(self.model.config, policy, prompt, size, self.model.embed.weight.dtype, formats)
@@ -565,8 +487,7 @@ class Engine:
         """Compile all graphs on the empty cache, so that no step of a run waits for it. Returns seconds."""
         started = time.perf_counter()
         on_gpu = self.device.type == "cuda"
-        with together(self.model.config.n_ranks):
-            prepare_compiler(needs_cpp=not on_gpu)
+        prepare_compiler(needs_cpp=not on_gpu)
         how = {"mode": "reduce-overhead"} if on_gpu else {"options": cpu_options(self.options.kv_format)}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
@@ -692,7 +613,7 @@ class Engine:
             decode_slots=decode_slots,
             live_peak=self.prompt_live + (held.amax(0).float().mean().item() if self.steps else 0.0),
             kv_bytes=self.cache.nbytes,
-            kv_bytes_full=self.allocate(FULL, WHOLE_PROMPT, full, "meta", "model").nbytes,
+            kv_bytes_full=self.allocate(scope.FULL, scope.WHOLE_PROMPT, full, "meta", "model").nbytes,
             prefill_s=self.prefill_s,
             compile_s=self.compile_s,
             eager_step_s=self.eager_step_s,
@@ -707,21 +628,6 @@ def padded_width(n: int) -> int:
     5 -> 8, 100 -> 104, 1000 -> 1024: eight widths from each power of two to the next.
     """
     return round_up(n, max(8, 2 ** n.bit_length() // 16))
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that the process may still take, of the GPU or of the machine and its cgroup; inf where nobody says. The
-    ranks of one machine share its memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free = [math.inf]
-    if Path("/proc/meminfo").exists():
-        free += [1024 * int(kb) for kb in re.findall(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())]
-    limit, used, parts = (Path("/sys/fs/cgroup") / f"memory.{name}" for name in ("max", "current", "stat"))
-    if limit.exists() and limit.read_text().strip().isdigit():
-        file_cache = re.search(r"^file (\d+)", parts.read_text(), re.MULTILINE)  # the system can take that back
-        free.append(int(limit.read_text()) - int(used.read_text()) + int(file_cache[1] if file_cache else 0))
-    return min(free) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def prepare_compiler(needs_cpp: bool) -> None:

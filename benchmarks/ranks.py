@@ -25,8 +25,9 @@ from benchmarks.common import positive
 from benchmarks.machine import SHAPES, random_model, random_prompts
 from benchmarks.speed import sizes_of
 from cache import Cache, CacheSize
+from cli import ranks
 from cli.program import note, run_program
-from generate import Engine, Options, join_ranks
+from generate import Engine, Options
 from model import Llama, ModelConfig
 from scope import require
 
@@ -116,7 +117,7 @@ def serve(pipe, rank: int, setup: Setup, port: int, arguments: argparse.Namespac
     os.environ |= {"WORLD_SIZE": str(setup.ranks), "RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(setup.threads)
     torch.manual_seed(0)  # the embeddings, which each rank has, are then the same
-    SHAPES[arguments.shape] = SHAPES[arguments.shape].for_rank(*join_ranks())
+    SHAPES[arguments.shape] = SHAPES[arguments.shape].for_rank(*ranks.join())
     model = random_model(arguments.shape, torch.device("cpu"), arguments.dtype)
     prompt, new = sizes_of(arguments.workload)
     budget = {"heavy": new // 16, "recent": new // 16}

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_command(arguments: argparse.Namespace) -> None:
     options = Options(**{entry.name: getattr(arguments, entry.name) for entry in fields(Options)})
-    generate.join_ranks()
+    ranks.join()
     converses = ranks.from_first(lambda: is_conversation(arguments))
     (run_chat if converses else run_prompts)(arguments, options)
 
@@ -120,7 +120,7 @@ def run_prompts(arguments: argparse.Namespace, options: Options) -> None:
 
 def row_file(path: str | None, resume: bool = False, overwrite: bool = False) -> RowFile:
     """--output. Rank 0 has it; what another rank writes goes nowhere."""
-    with ranks.together(ranks.N_RANKS):
+    with ranks.all_or_none(ranks.N_RANKS):
         return RowFile(path, resume, overwrite) if ranks.RANK == 0 else RowFile(None)
 
 

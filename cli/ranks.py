@@ -1,5 +1,6 @@
-"""The command line in the processes of torchrun: rank 0 reads, writes and speaks, the others only compute."""
+"""The processes that torchrun starts, which share out one model. Rank 0 reads, writes and speaks; all compute."""
 
+import json
 import os
 import sys
 import time
@@ -7,18 +8,84 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 
-from generate import exchange, together
+from scope import one_line, require
 
 N_RANKS = int(os.environ.get("WORLD_SIZE", 1))
 RANK = int(os.environ.get("RANK", 0)) if N_RANKS > 1 else 0
 
 
+def join() -> tuple[int, int]:
+    """(this process's rank, how many there are): (0, 1) unless torchrun has started several, whose group it joins."""
+    n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if n_ranks == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=timedelta(days=1))  # a person may think for long between turns
+        except (RuntimeError, ValueError) as error:
+            why = f"{one_line(error)}: start all by torchrun, or unset WORLD_SIZE"
+            raise ValueError(f"the group of {n_ranks} ranks cannot be joined: {why}") from None
+    return dist.get_rank(), dist.get_world_size()
+
+
+def take_device(name: str, n_ranks: int) -> str:
+    """The device of this process. Of several ranks each takes the GPU with its number on its machine, where it has one;
+    hf/ refuses a number that is too large."""
+    if n_ranks == 1:
+        return name
+    require(name in ("auto", "cpu", "cuda"), "device", repr(name), "auto, cpu or cuda: each rank has its own")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return "cpu"
+    number = int(os.environ["LOCAL_RANK"])
+    if number < torch.cuda.device_count():
+        torch.cuda.set_device(number)  # for what else a library allocates
+    return f"cuda:{number}"
+
+
+# ---- what all ranks know ------------------------------------------------------------------------------------
+
+
+def exchange(value, n_ranks: int) -> list:
+    """The JSON values of all ranks, rank 0's first. They travel as bytes, not pickled: unpickling can run code."""
+    if n_ranks == 1:
+        return [value]
+    content = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    sizes = torch.zeros(n_ranks, 1, dtype=torch.int64)
+    dist.all_gather(list(sizes), torch.tensor([len(content)]))
+    blocks = torch.zeros(n_ranks, int(sizes.max()), dtype=torch.uint8)
+    dist.all_gather(list(blocks), torch.nn.functional.pad(content, (0, blocks.shape[1] - len(content))))
+    return [json.loads(block[:size].numpy().tobytes()) for block, size in zip(blocks, sizes.flatten(), strict=True)]
+
+
+@contextmanager
+def all_or_none(n_ranks: int) -> Iterator[None]:
+    """All ranks do what is in it, or none: a mistake on one of them is raised on each.
+
+    Otherwise the others would go on to the next message, and wait there for the one that has left.
+    """
+    if n_ranks == 1:
+        yield
+        return
+    mistake = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        mistake = error
+    said = exchange(mistake and one_line(mistake), n_ranks)
+    wrong = [rank for rank, text in enumerate(said) if text is not None]
+    if wrong:
+        whose = f"rank {wrong[0]}: " if wrong[0] else ""
+        raise ValueError(whose + said[wrong[0]]) from mistake
+
+
 def from_first(work: Callable):
     """What work() returns on rank 0, a JSON value, on every rank, and its mistake too. Only rank 0 calls it."""
     value = None
-    with together(N_RANKS):
+    with all_or_none(N_RANKS):
         if RANK == 0:
             value = work()
     return exchange(value, N_RANKS)[0]
@@ -28,7 +95,7 @@ def from_first(work: Callable):
 def entered(manager: AbstractContextManager) -> Iterator[None]:
     """`with manager`, but a mistake in entering it on one rank is raised on all."""
     with ExitStack() as stack:
-        with together(N_RANKS):
+        with all_or_none(N_RANKS):
             stack.enter_context(manager)
         yield
 

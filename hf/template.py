@@ -92,8 +92,8 @@ def bounded(work):
     finally:
         sys.settrace(tracer)
         if not traced:
-            # Under torchrun a thread of gloo may be waiting for this one, to free a message. CPython before 3.12.9
-            # crashes if the tracing ends while that thread is in an allocation, so let it go first.
+            # Under torchrun a thread of gloo may be waiting for this one, to free a message. CPython 3.11 crashed where
+            # the tracing ended while that thread was in an allocation, so let it go first.
             if dist.is_available() and dist.is_initialized():
                 time.sleep(0.02)
             tracemalloc.stop()

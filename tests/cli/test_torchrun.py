@@ -109,8 +109,7 @@ REFUSED = {
     "rows": "--output {folder}/full.jsonl has rows: --resume goes on with them, --overwrite replaces them",
     "prompts": "prompt file {folder}/no.txt cannot be read: [Errno 2] No such file or directory: '{folder}/no.txt'",
     "device": "device is 'cuda:1': it must be auto, cpu or cuda: each rank has its own",
-    "memory": "rank 1: the KV cache takes 0.0 GB per rank and 0.0 GB are free: "
-    "lower --max-new-tokens, or shorten the prompt",
+    "memory": "the KV cache takes 0.0 GB per rank and 0.0 GB are free: lower --max-new-tokens, or shorten the prompt",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch._inductor.utils import run_and_get_code
 
 import kernels
-from cache import READ_BUCKET, Cache, CacheSize
+from cache import READ_BUCKET, Cache, CacheSize, free_memory
 from checkpoints import make_checkpoint
 from generate import (
     Conversation,
@@ -23,7 +23,6 @@ from generate import (
     Request,
     cpu_options,
     find_questions,
-    free_memory,
     generate,
     padded_width,
     run,
