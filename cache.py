@@ -167,10 +167,12 @@ class LayerCache(nn.Module):
         return self.shared or self
 
     def reset(self) -> None:
-        for buffer in (*self.k.buffers(), *self.v.buffers(), self.score, self.victims):
-            buffer.zero_()
-        self.pos.fill_(-1)
-        self.prompt.pos.fill_(-1)
+        for each in {self, self.prompt}:
+            each.pos.fill_(-1)
+            for buffer in (*each.k.buffers(), *each.v.buffers()):
+                buffer.zero_()
+        self.score.zero_()
+        self.victims.zero_()
 
     # ---- prefill
 
