@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf.checkpoint import find_checkpoint
+from scope import require
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,46 @@ class Transformers:
             torch.cuda.synchronize(self.device)
 
 
+class LlamaCpp:
+    """llama.cpp in its own defaults (K and V in float16); the weights are those of the .gguf file in the folder."""
+
+    compile_s = 0.0
+
+    def __init__(self, race: Race):
+        from llama_cpp import Llama
+
+        require(len(race.prompts) == 1, "--batch-sizes", len(race.prompts), "1 for llama.cpp, which has one row here")
+        length, threads = len(race.prompts[0]) + race.new, torch.get_num_threads()
+        where = {"n_gpu_layers": -1 if race.device.type == "cuda" else 0, "verbose": False}
+        self.model = Llama(
+            str(find_gguf(race.folder)), n_ctx=length, n_threads=threads, n_threads_batch=threads, **where
+        )
+        self.read(race.prompts[0])
+
+    def read(self, ids: list[int]) -> None:
+        self.model.eval(ids)
+        self.token = torch.tensor([self.model.sample(temp=0.0)])
+
+    def decode(self, t: int) -> None:
+        self.read(self.token.tolist())
+
+    def wait(self) -> None:
+        """`sample` has waited for the logits."""
+
+
+def find_gguf(folder: Path) -> Path:
+    found = sorted(folder.glob("*.gguf"))
+    remedy = "one, say from llama.cpp's convert_hf_to_gguf.py with --outtype bf16"
+    require(len(found) == 1, "--peers llama.cpp: .gguf files", f"{len(found)} in {folder}", remedy)
+    return found[0]
+
+
 PEERS: dict[str, tuple[str, Callable]] = {  # name -> the package it needs, how it is made
     "transformers-static": ("transformers", lambda race: Transformers(race, static=True)),
     "transformers-dynamic": ("transformers", lambda race: Transformers(race, static=False)),
+    "llama.cpp": ("llama_cpp", LlamaCpp),
 }
+PIP_NAMES = {"llama_cpp": "llama-cpp-python"}
 
 
 def check_peers(names: list[str], checkpoint: str | None) -> None:
@@ -81,7 +118,7 @@ def check_peers(names: list[str], checkpoint: str | None) -> None:
         raise ValueError(f"--peers {' '.join(names)}: they read a checkpoint, so give --checkpoint too")
     for package in (PEERS[name][0] for name in names):
         if not find_spec(package):
-            raise ValueError(f"--peers: {package} is not installed: pip install {package}")
+            raise ValueError(f"--peers: {package} is not installed: pip install {PIP_NAMES.get(package, package)}")
 
 
 def make_peer(name: str, checkpoint: str, prompts: list[list[int]], new: int, dtype, device):

@@ -2,14 +2,17 @@
 
 import json
 import os
+import sys
+from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import machine, speed
 from benchmarks.machine import SHAPES, random_model, random_prompts
-from benchmarks.peers import make_peer
+from benchmarks.peers import LlamaCpp, Race, make_peer
 from benchmarks.speed import by_window, main, steadied
 from generate import Options
 from hf import load_checkpoint
@@ -179,6 +182,39 @@ def test_a_peer_says_what_the_full_cache_says(peer):
         assert theirs.token.flatten().tolist() == ours.token.tolist()
         ours.decode(t)
         theirs.decode(t)
+
+
+class CountingLlama:
+    """Stands in for llama_cpp.Llama, which has to be compiled where it is installed: the next token is how many it has
+    read."""
+
+    def __init__(self, path: str, **settings):
+        self.settings, self.read = {"path": path} | settings, 0
+
+    def eval(self, ids: list[int]) -> None:
+        self.read += len(ids)
+
+    def sample(self, temp: float) -> int:
+        assert temp == 0.0, "not greedy"
+        return self.read
+
+
+def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=CountingLlama))
+    race = Race(tmp_path, [[1, 5, 9]], 12, torch.bfloat16, CPU)
+    with pytest.raises(ValueError, match=r"\.gguf files is 0 in .*: it must be one, say from llama.cpp's convert"):
+        LlamaCpp(race)
+    (tmp_path / "weights.gguf").touch()
+    peer = LlamaCpp(race)
+    threads = torch.get_num_threads()
+    wanted = {"path": str(tmp_path / "weights.gguf"), "n_ctx": 15, "n_threads": threads, "n_threads_batch": threads}
+    assert wanted.items() <= peer.model.settings.items()
+    for t in (1, 2):
+        assert peer.token.tolist() == [t + 2]
+        peer.decode(t)
+        peer.wait()
+    with pytest.raises(ValueError, match="--batch-sizes is 2: it must be 1 for llama.cpp"):
+        LlamaCpp(replace(race, prompts=[[1, 5], [3, 4]]))
 
 
 def fail(work, *_):
