@@ -370,6 +370,19 @@ def cosine_to_mean(k: Tensor, live: Tensor) -> Tensor:
     return (cosine * 1000).round() / 1000
 
 
+def gap(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """How far the mean of the tokens in a lies from that of those in b: squared, over the variance of b.
+
+    x [B, H, n, head_dim], a and b [B, H, n] bool -> [B, H, 1]. Tokens (1, 0), (3, 0) and (2, 6), a the first two, b
+    all: the means are (2, 0) and (2, 2), their squared distance is 4, the variance is 26 / 3, and the gap is 0.46.
+    """
+    x = x.float()
+    a, b = (tokens / tokens.sum(-1, keepdim=True).clamp(min=1) for tokens in (a, b))
+    mean, square = (b[..., None] * x).sum(2), (b * x.square().sum(-1)).sum(-1, keepdim=True)
+    variance = square * (1 + 1e-5) - mean.square().sum(-1, keepdim=True)  # of equal tokens only rounding would be left
+    return ((a - b)[..., None] * x).sum(2).square().sum(-1, keepdim=True) / variance.clamp(min=1e-30)
+
+
 def squared_norm(x: Tensor, G: Tensor) -> Tensor:
     """|x G|^2 of each token: x [B, H, n, head_dim], G [B, H, head_dim, m] -> [B, H, n]."""
     return (x @ G.to(x.dtype)).float().square().sum(-1)

@@ -94,6 +94,7 @@ class Oracle:
         self.prompt_len, self.n_kept = len(prompt), len(kept)  # in a later turn: all that was there before the output
         received = received_attention([queries for queries, _, _ in prompt], [key for _, key, _ in prompt])
         self.totals = {p: self.updated(0.0, received[p], self.prompt_len - p) for p in kept}
+        self.add_bonus({p: token[1:] for p, token in enumerate(prompt)}, self.prompt_len - 5)
 
     def stored(self, key: list[float], value: list[float]) -> tuple[list[float], list[float]]:
         return rounded(key, *self.formats[0]), rounded(value, *self.formats[1])
@@ -113,6 +114,7 @@ class Oracle:
         for i, p in enumerate(live):
             seen = sum(prob[i] for prob in probs) / len(probs)
             self.totals[p] = self.updated(self.totals[p], seen, position - p + 1)
+        self.add_bonus({p: self.entries[p] for p in self.pool}, position - 4)
         outputs = [weighted(prob, [self.entries[p][1] for p in live]) for prob in probs]
         if self.name == "cascade":
             if (dropped := self.cascade(t, position)) is not None:
@@ -133,6 +135,7 @@ class Oracle:
                 received[other] += sum(prob[i] for prob in probs) / len(probs)
             outputs.append([weighted(prob, [self.entries[other][1] for other in self.live]) for prob in probs])
         self.totals = {p: self.updated(self.totals[p], received[p], newest - p + 1) for p in self.live}
+        self.add_bonus(self.entries, newest - 4)
         for p, (_, key, value) in enumerate(block, position):  # among themselves they were read exactly
             self.entries[p] = self.stored(key, value)
         self.prompt_len, self.n_kept = newest + 1, len(self.entries)
@@ -148,8 +151,13 @@ class Oracle:
         self.totals = {p: totals[p] for p in self.entries}
         self.prompt_len, self.n_kept = position, len(self.entries)
 
+    @property
+    def pool(self) -> list[int]:
+        """Positions that compete, oldest first."""
+        return [p for p in self.live if self.name in UNIFIED or p >= self.prompt_len]
+
     def victims(self, t: int) -> list[int]:
-        pool = [p for p in self.live if self.name in UNIFIED or p >= self.prompt_len]
+        pool = self.pool
         frozen = len(self.entries) - len(pool)
         excess = len(self.entries) - self.n_kept - paper_budget(self.name, self.heavy, self.recent, self.T, t)
         if excess <= 0:
@@ -195,6 +203,11 @@ class Oracle:
             return 0.0 if seen > 1e-4 else total - 1
         return seen if self.score == "current" else total + seen
 
+    def add_bonus(self, pool: dict[int, tuple[list[float], list[float]]], at: int) -> None:
+        """Four tokens follow the one at this position: it gets its bonus."""
+        if self.score == "novel" and at in pool and at in self.totals:
+            self.totals[at] += bonus(pool, at)
+
     def worth(self, pool: list[int]) -> dict[int, float]:
         """What the tokens that compete are compared by: their records, or what the score makes of the whole pool."""
         if self.score == "sampled":
@@ -216,6 +229,18 @@ def away_from_mean(keys: dict[int, list[float]]) -> dict[int, float]:
     units = {p: np.array(key) / max(1e-30, np.linalg.norm(key)) for p, key in keys.items()}
     mean = sum(units.values())
     return {p: -round(float(unit @ mean) / max(1e-30, np.linalg.norm(mean)), 3) for p, unit in units.items()}
+
+
+def bonus(pool: dict[int, tuple[list[float], list[float]]], at: int) -> float:
+    """By distances from the mean of the newest 64 positions: of the nine tokens around this one, and of its own."""
+    newest, around = ([entry for p, entry in pool.items() if p > at + 4 - n] for n in (64, 9))
+
+    def gap(tokens: list, part: int) -> float:
+        here, there = (np.array([entry[part] for entry in each]) for each in (tokens, newest))
+        variance = (there**2).sum(1).mean() * (1 + 1e-5) - (there.mean(0) ** 2).sum()
+        return ((here.mean(0) - there.mean(0)) ** 2).sum() / max(1e-30, variance)
+
+    return 25 * gap(around, 1) ** 2 * gap([pool[at]], 0) * gap([pool[at]], 1)
 
 
 def projected(x: list[float], seed: int) -> float:

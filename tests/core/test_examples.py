@@ -1,5 +1,6 @@
 """The worked examples in the docstrings: their numbers hold, and the docstrings still say them."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,11 +29,11 @@ def test_linear():
     assert capped[0] == 150 and sum(capped) == 400  # the slope is less steep, the mean is the same
 
 
-def run_score(score, **tensors) -> list[float]:
+def run_score(update, **tensors) -> list[float]:
     """What a score function makes of three tokens of one head; what is not given is 0."""
     given = {name: torch.zeros(1, 1, 3) for name in ("score", "prob")} | {"age": torch.tensor([[[3, 2, 1]]])}
     given |= {name: torch.ones(1, 1, 3, 2) for name in "kv"}
-    return score(**given | {name: torch.tensor([[x]]) for name, x in tensors.items()})[0, 0].tolist()
+    return update(**given | {name: torch.tensor([[x]]) for name, x in tensors.items()})[0, 0].tolist()
 
 
 def test_keydiff():
@@ -41,6 +42,32 @@ def test_keydiff():
     assert run_score(scope.keydiff, k=keys) == pytest.approx([-0.894, -0.894, -0.447])
     dead = [[3.0, 0.0], [0.0, 2.0], [-5.0, 0.0]]  # the last: age 0
     assert run_score(scope.keydiff, k=dead, age=[2, 1, 0]) == pytest.approx([-0.707, -0.707, 0.707])
+
+
+def test_gap():
+    assert says(
+        kernels.gap, "Tokens (1, 0), (3, 0) and (2, 6), a the first two, b all: the means are (2, 0) and (2, 2),"
+    )
+    assert says(kernels.gap, "squared distance is 4, the variance is 26 / 3, and the gap is 0.46.")
+    x = torch.tensor([[[[1.0, 0.0], [3.0, 0.0], [2.0, 6.0]]]])
+    a, b = torch.tensor([[[True, True, False]]]), torch.ones(1, 1, 3, dtype=torch.bool)
+    assert kernels.gap(x, a, b).item() == pytest.approx(4 / (26 / 3), rel=1e-4)
+    assert kernels.gap(torch.full_like(x, 0.1), a, b).item() < 1e-6, "equal tokens have no gap"
+
+
+def test_novel():
+    """Positions 0, 60 and 64: the oldest is among the newest 64 or not, and never one of the nine around 60."""
+    keys, values = [[9.0, 9.0], [0.0, 2.0], [0.0, 0.0]], [[8.0, 8.0], [0.0, 0.0], [6.0, 8.0]]
+    given = {"k": keys, "v": values, "score": [0.5, 0.25, 0.0], "prob": [0.125, 0.125, 0.5]}
+    without = run_score(scope.novel, age=[66, 6, 2], **given)
+    assert without == [0.625, 0.375, 0.5], "no token is 5 steps old: the sum of attention"
+    for age, newest in (65, [1, 2]), (60, [0, 1, 2]):
+        key, value = (np.array(x)[newest] for x in (keys, values))
+        variances = [((x - x.mean(0)) ** 2).sum(1).mean() for x in (key, value)]
+        around = ([3, 4] - value.mean(0)) @ ([3, 4] - value.mean(0)) / variances[1]
+        alone = ((keys[1] - key.mean(0)) ** 2).sum() / variances[0] * (value.mean(0) ** 2).sum() / variances[1]
+        found = run_score(scope.novel, age=[age, 5, 1], **given)
+        assert found == pytest.approx([0.625, 0.375 + 25 * around**2 * alone, 0.5], rel=1e-3)
 
 
 def test_vase(monkeypatch):
