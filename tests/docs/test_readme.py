@@ -200,13 +200,22 @@ def test_the_readmes_accuracies_are_those_of_the_results():
 
 def test_the_readmes_speeds_are_those_of_the_results():
     measured, workload = {}, ()
-    for prompt_and_new, batch, policy, _, ratio, _, _, megabytes in rows(RESULTS, "prompt + new"):
+    for prompt_and_new, batch, policy, _, ratio, _, _, megabytes, _, avx2 in rows(RESULTS, "prompt + new"):
         workload = (prompt_and_new, batch) if batch else workload
-        measured[(*workload, policy)] = ratio, megabytes
+        measured[(*workload, policy)] = f"{ratio}, {avx2}", megabytes
     for prompt_and_new, batch, ratio, megabytes in rows(README, "prompt + new"):
         _, full = measured[prompt_and_new, batch, "`full`"]
         assert (ratio, megabytes.split(" → ")[1].removesuffix(" MB")) == measured[prompt_and_new, batch, "`slide`"]
         assert megabytes.split(" → ")[0] == full
+
+
+COMPARED = ("`full`", "`slide`", "llama.cpp", "transformers")
+
+
+def test_the_readmes_milliseconds_on_a_real_model_are_those_of_the_results():
+    measured = [row[1] for row in rows(RESULTS, "| AVX-512: step ms") if row[0].split()[0] in COMPARED]
+    [said] = re.findall(r"a step of `slide` takes.*?\(", README.read_text(), re.DOTALL)
+    assert len(measured) == len(COMPARED) and sorted(re.findall(r"\d+\.\d", said)) == sorted(measured)
 
 
 # ---- links
