@@ -408,18 +408,15 @@ def may_begin(text: str, stops: tuple[str, ...]) -> int:
 READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and each read makes it wait
 
 
-def cpu_options(options: Options, config: ModelConfig) -> dict:
+def cpu_options(kv_format: str) -> dict:
     """What inductor is told on a CPU.
 
-    reads, opcount: it stores every operand of a sum of products, or it would compute the norm before a linear layer
-    again for each output channel (5.5 against 3.4 ms a step). Words of codes are unpacked inside of the sum, in 40 ops
-    at most: what is stored would be a copy of the cache. simdlen: where a token has fewer words than AVX-512 has lanes,
-    AVX2 is faster (benchmarks/README.md). vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
+    reads, opcount: it stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
+    again for each output channel (5.5 against 3.4 ms a step). But words of codes must be unpacked inside of the sum, in
+    40 ops at most: what is stored would be a copy of the cache. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
     """
-    bits = min(format.bits for format in scope.FORMATS[options.kv_format])
-    narrow = config.head_dim * bits < 16 * 32 and torch.backends.cpu.get_cpu_capability() == "AVX512"
-    limits = {"realize_reads_threshold": 1, "realize_opcount_threshold": 40 if bits < 16 else 6}
-    return limits | {"cpp.simdlen": 256 if narrow else None, "cpp.vec_isa_ok": True}
+    most_ops = 40 if any(format.bits < 16 for format in scope.FORMATS[kv_format]) else 6
+    return {"realize_reads_threshold": 1, "realize_opcount_threshold": most_ops, "cpp.vec_isa_ok": True}
 
 
 def decode_step(
@@ -447,7 +444,9 @@ class Engine:
         self.stopped: Tensor  # [B] bool
         self.steps: int  # decode steps since the prompt or the turn was read
         self.start_turn([0] * size.prompts)
-        self.prefill_s = self.decode_started = self.prompt_live = 0.0
+        self.prefill_s = 0.0
+        self.prompt_live = 0.0  # tokens that the fullest row held before the first step
+        self.decode_started = 0.0
         self.eager_step_s = self.time_eager_step() if options.compile else 0.0
         self.compile_s = self.compile() if options.compile else 0.0
 
@@ -489,7 +488,7 @@ class Engine:
         started = time.perf_counter()
         on_gpu = self.device.type == "cuda"
         prepare_compiler(needs_cpp=not on_gpu)
-        how = {"mode": "reduce-overhead"} if on_gpu else {"options": cpu_options(self.options, self.model.config)}
+        how = {"mode": "reduce-overhead"} if on_gpu else {"options": cpu_options(self.options.kv_format)}
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
         for i, (select, reads) in enumerate(graphs):
@@ -579,7 +578,7 @@ class Engine:
             self.token, self.stopped = opening
 
     def start_decode(self) -> None:
-        self.prompt_live = self.cache.kept.float().mean(0).amax().item()  # tokens of the fullest row
+        self.prompt_live = self.cache.kept.float().mean(0).amax().item()
         self.decode_started = time.perf_counter()
 
     @torch.inference_mode()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -594,7 +595,10 @@ def test_ctrl_c_ends_a_run_with_one_word_wherever_it_comes(capsys, monkeypatch, 
 def test_ctrl_c_during_the_imports_is_no_traceback():
     hears = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
     process = subprocess.Popen([sys.executable, str(SCRIPT), "--help"], stderr=subprocess.PIPE, stdout=-3, **hears)
-    time.sleep(1.0)
+    loaded = Path(f"/proc/{process.pid}/maps")  # torch is large: once its first library is there, more imports follow
+    until = time.monotonic() + 30
+    while process.poll() is None and "libtorch" not in loaded.read_text() and time.monotonic() < until:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130 and "Traceback" not in said

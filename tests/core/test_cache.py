@@ -221,4 +221,4 @@ def test_the_scores_disagree_where_they_should(score):
         [attend] = cache.step_attention(cache.step_input(t, reads), select)
         attend(*(x.view(1, 1, 1, HEAD_DIM) for x in (queries[t - 1], keys[t - 1], keys[t - 1])))
     kept = {p for p in cache.layers[0].pos[0, 0].tolist() if p >= 0}
-    assert kept == ({0, 1, 3} if score in ("cumulative", "own") else {0, 2, 3})
+    assert kept == ({0, 1, 3} if score in ("cumulative", "own", "novel") else {0, 2, 3})

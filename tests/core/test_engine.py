@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,7 +403,7 @@ def test_no_graph_holds_a_copy_of_the_cache(wide, policy, kv_format):
     engine = engine_for(wide, policy=policy, kv_format=kv_format, compile=False)
     smallest = min(slots.codes.numel() for layer in engine.cache.layers for slots in (layer.k, layer.v))
     engine.decode_step = torch.compile(
-        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(engine.options, engine.model.config)
+        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(kv_format)
     )
     torch._dynamo.reset()
     with torch._inductor.utils.fresh_cache():
@@ -417,23 +416,6 @@ def test_no_graph_holds_a_copy_of_the_cache(wide, policy, kv_format):
             ]
             assert sizes, "no buffer found: the pattern no longer fits the generated code"
             assert max(torch.Size(size).numel() for size in sizes) < smallest
-
-
-@pytest.mark.parametrize(
-    ("kv_format", "head_dim", "cpu", "width"),
-    [
-        ("int4", 64, "AVX512", 256),  # 8 words
-        ("k8v4", 64, "AVX512", 256),
-        ("int8", 64, "AVX512", None),  # 16 words
-        ("int4", 128, "AVX512", None),
-        ("model", 32, "AVX512", None),
-        ("int4", 64, "AVX2", None),
-    ],
-)
-def test_vectors_are_no_wider_than_the_words_of_a_token(monkeypatch, kv_format, head_dim, cpu, width):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
-    options = cpu_options(Options(kv_format=kv_format), SimpleNamespace(head_dim=head_dim))
-    assert options["cpp.simdlen"] == width
 
 
 # ---- a new score

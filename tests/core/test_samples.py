@@ -179,7 +179,7 @@ def test_compiled_samples_equal_eager_ones(wide, changes):
 def test_no_graph_holds_a_copy_of_the_prompt(wide, kv_format):
     engine = engine_for(wide, max_context=512, kv_format=kv_format)
     engine.decode_step = torch.compile(
-        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(engine.options, engine.model.config)
+        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(kv_format)
     )
     for key in sorted(set(engine.cache.graph_keys)):
         engine.reset()
