@@ -331,10 +331,9 @@ def deliver(engine: "Engine", rows: list["Row"], pending: list[Tensor], on_text)
     for i, row in enumerate(rows):
         tokens = [step[i] for step in steps]
         if kernels.BROKEN in tokens and not row.finish_reason:
-            token = (
-                f"prompt {row.request.index}: the logits of token {len(row.tokens) + tokens.index(kernels.BROKEN) + 1}"
-            )
-            raise ValueError(f"{token} are not finite: try --dtype float32, or other weights")
+            number = len(row.tokens) + tokens.index(kernels.BROKEN) + 1
+            where = f"prompt {row.request.index}: the logits of token {number}"
+            raise ValueError(f"{where} are not finite: try --dtype float32, or other weights")
         if text := row.take([token for token in tokens if token >= 0], bool(stopped[i])):
             on_text(row.number, text)
 
@@ -408,17 +407,6 @@ def may_begin(text: str, stops: tuple[str, ...]) -> int:
 READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and each read makes it wait
 
 
-def cpu_options(kv_format: str) -> dict:
-    """What inductor is told on a CPU.
-
-    reads, opcount: it stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
-    again for each output channel (5.5 against 3.4 ms a step). But words of codes must be unpacked inside of the sum, in
-    40 ops at most: what is stored would be a copy of the cache. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
-    """
-    most_ops = 40 if any(format.bits < 16 for format in scope.FORMATS[kv_format]) else 6
-    return {"realize_reads_threshold": 1, "realize_opcount_threshold": most_ops, "cpp.vec_isa_ok": True}
-
-
 def decode_step(
     model: Llama, cache: Cache, sampler: kernels.Sampler, now: StepInput, select: bool, token, noise, stopped
 ):
@@ -444,9 +432,8 @@ class Engine:
         self.stopped: Tensor  # [B] bool
         self.steps: int  # decode steps since the prompt or the turn was read
         self.start_turn([0] * size.prompts)
-        self.prefill_s = 0.0
+        self.prefill_s = self.decode_started = 0.0
         self.prompt_live = 0.0  # tokens that the fullest row held before the first step
-        self.decode_started = 0.0
         self.eager_step_s = self.time_eager_step() if options.compile else 0.0
         self.compile_s = self.compile() if options.compile else 0.0
 
@@ -488,7 +475,9 @@ class Engine:
         started = time.perf_counter()
         on_gpu = self.device.type == "cuda"
         prepare_compiler(needs_cpp=not on_gpu)
-        how = {"mode": "reduce-overhead"} if on_gpu else {"options": cpu_options(self.options.kv_format)}
+        bits = min(format.bits for format in scope.FORMATS[self.options.kv_format])
+        cpu = {"options": kernels.compiler_options(bits, self.model.config.head_dim)}
+        how = {"mode": "reduce-overhead"} if on_gpu else cpu
         self.decode_step = torch.compile(decode_step, fullgraph=True, dynamic=False, **how)
         graphs = sorted(set(self.cache.graph_keys))
         for i, (select, reads) in enumerate(graphs):

@@ -209,6 +209,25 @@ def fuses(x: Tensor) -> bool:
     return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
+def compiler_options(bits: int, head_dim: int) -> dict:
+    """What inductor is told on a CPU. bits: the fewest that a channel of K or V is stored in.
+
+    reads, opcount: it stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
+    again for each output channel. But words of codes must be unpacked inside of the sum, in 40 ops at most: what is
+    stored would be a copy of the cache. simdlen: 8 words of 4-bit codes leave half of AVX-512's lanes empty, so AVX2 is
+    faster; and another CPU may share torch's cache of graphs, but not this code. size_asserts: Dynamo has compared all
+    shapes before. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
+    """
+    widths = {"AVX2": 256, "AVX512": 256 if bits * head_dim < 512 else 512}
+    return {
+        "realize_reads_threshold": 1,
+        "realize_opcount_threshold": 40 if bits < 16 else 6,
+        "cpp.simdlen": widths.get(torch.backends.cpu.get_cpu_capability()),  # None: the compiler chooses
+        "size_asserts": False,
+        "cpp.vec_isa_ok": True,
+    }
+
+
 # Up to 4 rows the compiler fuses the rows' sums, so that each weight is read once for all of them. With more rows
 # compute is the bottleneck, not memory, and the matrix library is faster.
 FEW_ROWS = 4
@@ -304,10 +323,10 @@ def dot(q: Tensor, k: Stored) -> Tensor:
     One sum per query, as in `linear`: the compiler fuses them into one loop that reads each key once. With packed keys
     such a loop is slower. Their scale is folded in: q . (code * scale + low) = (q . code) * scale + sum(q) * low.
     """
-    if k.scale is None:
-        return torch.stack([(one[:, :, None].float() * k.codes.float()).sum(-1) for one in q.unbind(2)], 2)
-    # Two halves make the compiler store q as float32. Beside a bf16 operand it would convert codes one at a time.
+    # Two halves make the compiler store q as float32. A bf16 q it would convert again for each key.
     q = torch.cat([half.float() for half in q.chunk(2, -1)], -1)
+    if k.scale is None:
+        return torch.stack([(one[:, :, None] * k.codes.float()).sum(-1) for one in q.unbind(2)], 2)
     q = rotate(q) if k.rotated else q
     total = 0.0
     for part, (codes, scale, low) in zip(q.chunk(k.n_groups, -1), groups(k), strict=True):
@@ -434,10 +453,12 @@ def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
 
     score float32, pos int32, evictable bool, each [B, H, n_slots].
     """
-    key = torch.where(evictable, rank_key(score, pos), torch.iinfo(torch.int64).max)
-    if count == 1:
-        return key.argmin(-1, keepdim=True)
-    return key.topk(count, largest=False, sorted=True).indices
+    if count > 1:
+        key = torch.where(evictable, rank_key(score, pos), torch.iinfo(torch.int64).max)
+        return key.topk(count, largest=False, sorted=True).indices
+    # Without keys of 64 bits: g++ 12 takes the minimum of 8 of them wrongly in AVX2 code for a CPU with AVX-512.
+    least = torch.where(evictable, score, torch.inf).amin(-1, keepdim=True)
+    return torch.where(evictable & (score == least), pos, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
 
 
 def highest(score: Tensor, lengths: Tensor, budget: Tensor, floor: Tensor, n_slots: int) -> Tensor:

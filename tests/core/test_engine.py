@@ -1,6 +1,7 @@
 """The engine: what must not change the tokens, what is refused, and what the compiled graphs may not do."""
 
 import copy
+import os
 import re
 import shutil
 import subprocess
@@ -21,7 +22,6 @@ from generate import (
     Engine,
     Options,
     Request,
-    cpu_options,
     find_questions,
     generate,
     padded_width,
@@ -359,6 +359,46 @@ def engine_for(model, **changes):
     return Engine(model, options, [], size_of(PROMPTS, options))
 
 
+@pytest.mark.parametrize(
+    ("capability", "bits", "head_dim", "width"),
+    [
+        ("AVX512", 16, 32, 512),
+        ("AVX512", 8, 64, 512),
+        ("AVX512", 4, 128, 512),
+        ("AVX512", 4, 64, 256),
+        ("AVX2", 16, 128, 256),
+        ("AVX2", 4, 64, 256),
+        ("NO AVX", 16, 64, None),
+    ],
+)
+def test_vectors_are_as_wide_as_the_words_of_a_head(monkeypatch, capability, bits, head_dim, width):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert kernels.compiler_options(bits, head_dim)["cpp.simdlen"] == width
+
+
+ANSWER = """
+import sys
+from generate import generate, load
+model, tokenizer = load(sys.argv[1])
+[result] = generate(model, tokenizer, [[1, 2, 3, 4, 5]], "slide", heavy=4, recent=4, max_new_tokens=24, ignore_eos=True)
+print(result.token_ids)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="needs a CPU with AVX-512")
+def test_a_cpu_without_avx512_may_share_the_cache_of_graphs(tmp_path):
+    """Code for vectors of 16 lanes in vectors of 8 would be wrong, and PyTorch itself does not tell the two apart."""
+    folder = make_checkpoint(tmp_path / "model", num_hidden_layers=1, head_dim=64)
+    shared = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "graphs")}
+    command = [sys.executable, "-c", ANSWER, str(folder)]
+    answers = [
+        subprocess.check_output(command, env=shared | changes, cwd=ROOT, text=True)
+        for changes in ({}, {"ATEN_CPU_CAPABILITY": "avx2"})
+    ]
+    assert answers[0] == answers[1]
+
+
 COMPILED = [each for each in RANKINGS if "cumulative" in each or "slide" in each]
 
 
@@ -394,17 +434,16 @@ def test_compiled_equals_eager_in_every_format(wide, policy, kv_format):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "kv_format"),
-    [("slide", "model"), ("h2o", "model"), ("slide", "int8"), ("h2o", "int4")],
+    ("policy", "kv_format", "bits"),
+    [("slide", "model", 16), ("h2o", "model", 16), ("slide", "int8", 8), ("h2o", "int4", 4)],
 )
-def test_no_graph_holds_a_copy_of_the_cache(wide, policy, kv_format):
+def test_no_graph_holds_a_copy_of_the_cache(wide, policy, kv_format, bits):
     """A scattered write that was not turned back into one in place would allocate a buffer of the cache's size, and so
     would codes that are unpacked before they are multiplied."""
     engine = engine_for(wide, policy=policy, kv_format=kv_format, compile=False)
     smallest = min(slots.codes.numel() for layer in engine.cache.layers for slots in (layer.k, layer.v))
-    engine.decode_step = torch.compile(
-        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(kv_format)
-    )
+    how = kernels.compiler_options(bits, head_dim=64)
+    engine.decode_step = torch.compile(engine.decode_step, fullgraph=True, dynamic=False, options=how)
     torch._dynamo.reset()
     with torch._inductor.utils.fresh_cache():
         for key in sorted(set(engine.cache.graph_keys)):

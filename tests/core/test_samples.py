@@ -10,7 +10,7 @@ from torch._inductor.utils import run_and_get_code
 
 import kernels
 from cache import Cache, CacheSize
-from generate import Conversation, Engine, Options, cpu_options, generate, size_of
+from generate import Conversation, Engine, Options, generate, size_of
 from harness import FROZEN, SHARED
 from model import ModelConfig
 from scope import COMPRESSORS, FORMATS, SCORES, WHOLE_PROMPT, Policy
@@ -175,12 +175,11 @@ def test_compiled_samples_equal_eager_ones(wide, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_format", ["model", "int8"])
-def test_no_graph_holds_a_copy_of_the_prompt(wide, kv_format):
+@pytest.mark.parametrize(("kv_format", "bits"), [("model", 16), ("int8", 8)])
+def test_no_graph_holds_a_copy_of_the_prompt(wide, kv_format, bits):
     engine = engine_for(wide, max_context=512, kv_format=kv_format)
-    engine.decode_step = torch.compile(
-        engine.decode_step, fullgraph=True, dynamic=False, options=cpu_options(kv_format)
-    )
+    how = kernels.compiler_options(bits, head_dim=64)
+    engine.decode_step = torch.compile(engine.decode_step, fullgraph=True, dynamic=False, options=how)
     for key in sorted(set(engine.cache.graph_keys)):
         engine.reset()
         _, [code] = run_and_get_code(engine.decode, 1, key)
