@@ -56,11 +56,11 @@ class CacheSnapshot(NamedTuple):
 
 
 class StepInput(NamedTuple):
-    """What one decode step needs to know. The values are tensors, so the compiled graph does not specialise on them;
-    what attention reads is a shape, so it is an int, and each value of it compiles a graph."""
+    """What the layers need to know of a decode step. Tensors may have any values; each bool or int compiles a graph."""
 
+    select: bool  # whether a layer may evict
     reads: int  # decode slots that attention reads
-    prompt_reads: list[int] | None  # prompt slots of each layer that it reads; None: all
+    prompt_reads: int  # prompt slots that it reads, where a layer has so many
     position: Tensor  # [B] of the token that is written
     plan: Tensor  # [n_layers, 3 or 4]: the scope.StepPlan of each layer
 
@@ -121,7 +121,8 @@ class SharedPrompt(nn.Module):
 
 
 class LayerCache(nn.Module):
-    """The slots of one layer. `fill`, `join`, `append` and `select` are what the model calls attention.
+    """The slots of one layer. What the model calls attention is `fill` for a prompt, `join` for a later turn and the
+    layer itself for a decode step, which either appends or selects.
 
     shape: of K; ranks: this one's number, and how many share the heads; shared: where the prompt's slots are, if not in
     front of the decode slots; prompt_slots is 0 then.
@@ -263,6 +264,11 @@ class LayerCache(nn.Module):
 
     # ---- decode
 
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *step) -> Tensor:
+        """q [B, H * G, 1, head_dim], k and v [B, H, 1, head_dim], step: the fields of a StepInput -> as q."""
+        now = StepInput(*step)
+        return (self.select if now.select else self.append)(now, q, k, v)
+
     def append(self, now: StepInput, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Write one token, then attend to all live tokens, itself included."""
         self.write_token(now, k, v)
@@ -310,7 +316,7 @@ class LayerCache(nn.Module):
 
     def attend(self, now: StepInput, q: Tensor) -> tuple[Tensor, Tensor]:
         """Attention over the slots in use, and the probability of this layer's own, [B, H, prompt_slots + reads]."""
-        end = now.prompt_reads[self.layer] if now.prompt_reads else self.prompt.prompt_slots
+        end = min(now.prompt_reads, self.prompt.prompt_slots)
         n, gap = self.prompt_slots + now.reads, self.prompt_slots - end
         if self.shared:
             y, (_, prob) = kernels.attend_slots(q, slots_between(self.shared, 0, end), slots_between(self, 0, n))
@@ -377,17 +383,6 @@ class LayerCache(nn.Module):
         kernels.write_slots(self.pos, victims, torch.where(dies, -1, self.pos.gather(2, victims)))
         listed = self.victims[:, :, :most]
         listed.copy_(torch.where(count > 0, victims, listed))
-
-
-class StepAttention(NamedTuple):
-    """The attention of one layer in one step. A `partial` would do, but then Dynamo would trace every layer anew."""
-
-    layer: LayerCache
-    now: StepInput
-    select: bool
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (self.layer.select if self.select else self.layer.append)(self.now, q, k, v)
 
 
 def slots_between(buffers: LayerCache | SharedPrompt, start: int, end: int) -> kernels.Part:
@@ -560,18 +555,15 @@ class Cache(nn.Module):
             if layer.prompt_is_evictable:
                 layer.count_prompt(self.lengths)
 
-    def step_input(self, t: int, reads: int) -> StepInput:
-        """The input of step t, counted from 1, for a graph that reads this many decode slots and all prompt slots."""
+    def step_input(self, t: int, select: bool, reads: int) -> StepInput:
+        """The input of step t, counted from 1, for the graph of these decode slots, which reads all prompt slots."""
         position = (self.lengths + (t - 1))[:, None].expand(-1, self.samples).flatten()  # [B]
-        return StepInput(reads, None, position, self.plan[t - 1])
+        return StepInput(select, reads, max(self.slots[0]), position, self.plan[t - 1])
 
     def eager_step_input(self, t: int) -> StepInput:
         """The input of step t that reads the slots in use and no others: no graph was compiled for a number of them."""
-        return self.step_input(t, self.slots_at[t - 1])._replace(prompt_reads=self.used)
-
-    def step_attention(self, now: StepInput, select: bool) -> list:
-        """The attention of each layer in a select or an append step."""
-        return [StepAttention(layer, now, select) for layer in self.layers]
+        select, _ = self.graph_keys[t - 1]
+        return self.step_input(t, select, self.slots_at[t - 1])._replace(prompt_reads=max(self.used))
 
     # ---- a conversation: one row, turn after turn
 

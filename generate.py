@@ -408,10 +408,10 @@ READ_EVERY = {"cpu": 1, "cuda": 8}  # steps; a GPU runs ahead of the host, and e
 
 
 def decode_step(
-    model: Llama, cache: Cache, sampler: kernels.Sampler, now: StepInput, select: bool, token, noise, stopped
+    model: Llama, cache: Cache, sampler: kernels.Sampler, now: StepInput, token: Tensor, noise: Tensor, stopped: Tensor
 ):
     """Feed token [B] and choose the next one. Compiled: a graph for append steps and one for select steps."""
-    hidden = model(token[:, None], now.position[:, None], cache.step_attention(now, select))
+    hidden = model(token[:, None], now.position[:, None], cache.layers, now)
     return sampler(model.logits(hidden[:, -1]), noise, stopped)
 
 
@@ -575,9 +575,9 @@ class Engine:
         """Run step t, counted from 1; returns the tokens to show [B], -1 for a row that had stopped before."""
         select, reads = graph_key or self.cache.graph_keys[t - 1]
         eager = not (self.options.compile or graph_key)
-        now = self.cache.eager_step_input(t) if eager else self.cache.step_input(t, reads)
+        now = self.cache.eager_step_input(t) if eager else self.cache.step_input(t, select, reads)
         noise = self.noise[t % len(self.noise)]
-        step = self.decode_step(self.model, self.cache, self.sampler, now, select, self.token, noise, self.stopped)
+        step = self.decode_step(self.model, self.cache, self.sampler, now, self.token, noise, self.stopped)
         self.token, shown, self.stopped = (x.clone() for x in step)  # CUDA graphs reuse the memory of their results
         self.steps = t
         return shown

@@ -1,7 +1,7 @@
 """One Llama in one page, as in gpt-fast. This file knows no cache, no policy and no compiler.
 
 The caller hands the model one function `attend(q, k, v)` per layer. Training passes plain causal attention; prefill and
-decode pass methods of `cache.py`.
+decode pass those of `cache.py`, and a decode step adds what its layers must know of it: `attend(q, k, v, *step)`.
 """
 
 import math
@@ -92,12 +92,13 @@ class Llama(nn.Module):
         whole = n == self.config.vocab_size
         self.head.weight = table if whole else nn.Parameter(table.detach()[self.config.rank * n :][:n])
 
-    def forward(self, tokens: Tensor, positions: Tensor, attends=None) -> Tensor:
-        """tokens, positions [B, S] -> hidden states [B, S, hidden]; `attends` holds one function per layer."""
+    def forward(self, tokens: Tensor, positions: Tensor, attends=None, step=()) -> Tensor:
+        """tokens, positions [B, S] -> hidden states [B, S, hidden]. attends: one function per layer; step: what each of
+        them gets beside q, k and v."""
         x = self.embed(tokens)
-        rope = rope_table(self.inv_freq, positions, x.dtype)
+        cos, sin = rope_table(self.inv_freq, positions, x.dtype)
         for layer, attend in zip(self.layers, attends or [kernels.causal_attention] * len(self.layers), strict=True):
-            x = layer(x, rope, attend)
+            x = layer(x, cos, sin, attend, *step)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -109,7 +110,11 @@ class Llama(nn.Module):
 
 
 def compiled_once(forward):
-    """Compile `forward` once for all layers whose weights and caches have the same shapes, not once per layer."""
+    """Compile `forward` once for all layers whose weights and caches have the same shapes, not once per layer.
+
+    Its arguments are tensors, modules and numbers. For each layer they are compared with those of the first, and with a
+    tuple among them that takes a quarter of what a layer more costs.
+    """
     region = torch.compiler.nested_compile_region
     try:
         return region(forward, max_reuse_entries=1000)  # sets of shapes: in a pyramid each layer has its own
@@ -126,8 +131,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     @compiled_once
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rope, attend)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, *step) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, attend, *step)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -140,9 +145,9 @@ class Attention(nn.Module):
         self.wqkv = Linear(config.hidden_size, sum(self.widths), bias=config.attention_bias)
         self.wo = SummedLinear(config, self.widths[0], config.attention_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend, *step) -> Tensor:
         q, k, v = (self.split_heads(t) for t in self.wqkv(x).split(self.widths, dim=-1))
-        y = attend(rotate(q, rope), rotate(k, rope), v)  # [B, n_heads, S, head_dim]
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, *step)  # [B, n_heads, S, head_dim]
         return self.wo(y.transpose(1, 2).flatten(2))
 
     def split_heads(self, x: Tensor) -> Tensor:  # [B, S, n * head_dim] -> [B, n, S, head_dim]
@@ -178,9 +183,8 @@ class SummedLinear(Linear):
         return kernels.sum_over_ranks(y, self.n_ranks)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in Hugging Face's layout: channel i turns together with channel i + head_dim / 2."""
-    cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin
 

@@ -64,11 +64,11 @@ def run(policy: str, attention: list[dict[int, float]]) -> list[str]:
 
     for t, weights in enumerate(attention, 1):
         select, reads = cache.graph_keys[t - 1]
-        [attend] = cache.step_attention(cache.step_input(t, reads), select)
+        now = cache.step_input(t, select, reads)
         before = positions(cache)
         new = token(PROMPT + t - 1)[None, None, None]
-        given = attend(query(weights), new, new).flatten().tolist()  # v is one-hot: the output is the attention
-        printed.append(show_step(cache, t, before, given))
+        output = cache.layers[0](query(weights), new, new, *now)  # v is one-hot: the output is the attention
+        printed.append(show_step(cache, t, before, output.flatten().tolist()))
     return printed
 
 

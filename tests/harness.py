@@ -134,8 +134,8 @@ class Play:
     def step(self, t: int) -> torch.Tensor:
         """Decode step t, counted from 1."""
         select, reads = self.cache.graph_keys[t - 1]
-        attends = self.cache.step_attention(self.cache.step_input(t, reads), select)
-        output = self.attend(attends, torch.stack([self.draw(b, 1) for b in range(len(self.written))]))
+        now = self.cache.step_input(t, select, reads)
+        output = self.attend(self.cache.layers, torch.stack([self.draw(b, 1) for b in range(len(self.written))]), now)
         for (b, h), oracle in self.oracles.items():
             self.compare_output(output, b, h, [oracle.step(t, *self.token(b, h, -1))])
         self.compare_positions()
@@ -204,14 +204,14 @@ class Play:
         self.written[b] += [token.split((queries, heads, heads)) for token in tokens]
         return tokens
 
-    def attend(self, attends: list, block: torch.Tensor) -> torch.Tensor:
+    def attend(self, attends, block: torch.Tensor, step=()) -> torch.Tensor:
         """block [B, n, H * G + 2 * H, HEAD_DIM] through the layers that are played -> the watched one's output."""
         heads = self.setting.n_kv_heads
         q, k, v = block.transpose(1, 2).split((heads * self.setting.group, heads, heads), dim=1)
         for other in range(N_LAYERS):
             if self.setting.turns and other != self.setting.layer:
-                attends[other](q, k, v)
-        return attends[self.setting.layer](q, k, v)
+                attends[other](q, k, v, *step)
+        return attends[self.setting.layer](q, k, v, *step)
 
     def token(self, b: int, h: int, position: int) -> tuple:
         """What the oracle of a KV head needs of a token: (queries of the group, key, value) as lists."""

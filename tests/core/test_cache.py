@@ -195,7 +195,7 @@ def held_with_equal_scores(policy: Policy, T: int) -> list[str]:
     nothing = torch.zeros(3, 1, 1, 1, HEAD_DIM)
     cache.prefill_attention(torch.arange(1))[0](*nothing)
     for t, (select, reads) in enumerate(cache.graph_keys, 1):
-        cache.step_attention(cache.step_input(t, reads), select)[0](*nothing)
+        cache.layers[0](*nothing, *cache.step_input(t, select, reads))
         found.append("".join(str(p - 1) for p in sorted(cache.layers[0].pos.flatten().tolist()) if p > 0))
     return found
 
@@ -218,7 +218,7 @@ def test_the_scores_disagree_where_they_should(score):
     queries = [keys[0], keys[0], keys[1]]  # looked at: the first token, the first, the second
     for t in (1, 2, 3):
         select, reads = cache.graph_keys[t - 1]
-        [attend] = cache.step_attention(cache.step_input(t, reads), select)
-        attend(*(x.view(1, 1, 1, HEAD_DIM) for x in (queries[t - 1], keys[t - 1], keys[t - 1])))
+        token = (x.view(1, 1, 1, HEAD_DIM) for x in (queries[t - 1], keys[t - 1], keys[t - 1]))
+        cache.layers[0](*token, *cache.step_input(t, select, reads))
     kept = {p for p in cache.layers[0].pos[0, 0].tolist() if p >= 0}
     assert kept == ({0, 1, 3} if score in ("cumulative", "own", "novel") else {0, 2, 3})
