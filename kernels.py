@@ -349,8 +349,8 @@ def weighted_sum(prob: Tensor, v: Stored) -> Tensor:
     """
     if v.scale is None:
         parts = v.codes.split(VECTOR, -1)
-        sums = [torch.cat([(one[..., None] * part.float()).sum(2) for part in parts], -1) for one in prob.unbind(2)]
-        return torch.stack(sums, 2)
+        sums = [(one[..., None] * part.float()).sum(2) for one in prob.unbind(2) for part in parts]
+        return torch.cat(sums, -1).unflatten(-1, (prob.shape[2], -1))
     sums = []
     for codes, scale, low in groups(v):
         weight = (prob * scale[:, :, None])[..., None]
