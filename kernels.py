@@ -453,12 +453,12 @@ def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
 
     score float32, pos int32, evictable bool, each [B, H, n_slots].
     """
+    key = torch.where(evictable, rank_key(score, pos), torch.iinfo(torch.int64).max)
     if count > 1:
-        key = torch.where(evictable, rank_key(score, pos), torch.iinfo(torch.int64).max)
         return key.topk(count, largest=False, sorted=True).indices
-    # Without keys of 64 bits: g++ 12 takes the minimum of 8 of them wrongly in AVX2 code for a CPU with AVX-512.
-    least = torch.where(evictable, score, torch.inf).amin(-1, keepdim=True)
-    return torch.where(evictable & (score == least), pos, torch.iinfo(torch.int32).max).argmin(-1, keepdim=True)
+    # ~ turns the order round. argmin would be wrong in AVX2 code for a CPU with AVX-512: g++ 12 takes the minimum of a
+    # few int64 to be the largest one that there is.
+    return (~key).argmax(-1, keepdim=True)
 
 
 def highest(score: Tensor, lengths: Tensor, budget: Tensor, floor: Tensor, n_slots: int) -> Tensor:

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,30 +72,37 @@ class Transformers:
 
 
 class LlamaCpp:
-    """llama.cpp in its own defaults (K and V in float16); the weights are those of the .gguf file in the folder."""
+    """llama.cpp in its own defaults (K and V in float16); the weights are those of the .gguf file in the folder.
+
+    Its C functions are called without the Python binding's `eval` and `sample`, which copy the logits of each step.
+    """
 
     compile_s = 0.0
 
     def __init__(self, race: Race):
-        from llama_cpp import Llama
+        import llama_cpp
 
         require(len(race.prompts) == 1, "--batch-sizes", len(race.prompts), "1 for llama.cpp, which has one row here")
         length, threads = len(race.prompts[0]) + race.new, torch.get_num_threads()
         where = {"n_gpu_layers": -1 if race.device.type == "cuda" else 0, "verbose": False}
-        self.model = Llama(
-            str(find_gguf(race.folder)), n_ctx=length, n_threads=threads, n_threads_batch=threads, **where
-        )
+        sizes = {"n_ctx": length, "n_batch": length, "n_threads": threads, "n_threads_batch": threads}
+        self.library = llama_cpp
+        self.model = llama_cpp.Llama(str(find_gguf(race.folder)), **sizes, **where)
         self.read(race.prompts[0])
 
     def read(self, ids: list[int]) -> None:
-        self.model.eval(ids)
-        self.token = torch.tensor([self.model.sample(temp=0.0)])
+        tokens = (self.library.llama_token * len(ids))(*ids)  # the batch is a pointer to them
+        if code := self.library.llama_decode(self.model.ctx, self.library.llama_batch_get_one(tokens, len(ids))):
+            raise ValueError(f"llama.cpp could not decode {len(ids)} tokens: llama_decode returned {code}")
+        last = self.library.llama_get_logits_ith(self.model.ctx, -1)  # waits for them
+        logits = np.ctypeslib.as_array(last, (self.model.n_vocab(),))
+        self.token = torch.tensor([int(logits.argmax())])
 
     def decode(self, t: int) -> None:
         self.read(self.token.tolist())
 
     def wait(self) -> None:
-        """`sample` has waited for the logits."""
+        """`read` has waited for the logits."""
 
 
 def find_gguf(folder: Path) -> Path:

@@ -1,5 +1,6 @@
 """benchmarks/speed.py: that it runs, what it counts, and its errors. No test asserts a time."""
 
+import ctypes
 import json
 import os
 import sys
@@ -184,23 +185,33 @@ def test_a_peer_says_what_the_full_cache_says(peer):
         theirs.decode(t)
 
 
-class CountingLlama:
-    """Stands in for llama_cpp.Llama, which has to be compiled where it is installed: the next token is how many it has
-    read."""
+class CountingLlamaCpp:
+    """Stands in for the package llama_cpp, which has to be compiled where it is installed: the likeliest next token is
+    how many it has read."""
 
-    def __init__(self, path: str, **settings):
+    llama_token = ctypes.c_int32
+
+    def Llama(self, path: str, **settings):
         self.settings, self.read = {"path": path} | settings, 0
+        return SimpleNamespace(ctx=self, n_vocab=lambda: 20)
 
-    def eval(self, ids: list[int]) -> None:
-        self.read += len(ids)
+    def llama_batch_get_one(self, tokens, n: int):
+        assert len(tokens) == n
+        return list(tokens)
 
-    def sample(self, temp: float) -> int:
-        assert temp == 0.0, "not greedy"
-        return self.read
+    def llama_decode(self, ctx, batch: list[int]) -> int:
+        self.read += len(batch)
+        return int(self.read > self.settings["n_ctx"])
+
+    def llama_get_logits_ith(self, ctx, i: int):
+        assert i == -1, "not the last token's"
+        self.logits = (ctypes.c_float * 20)(*(float(token == self.read) for token in range(20)))
+        return ctypes.cast(self.logits, ctypes.POINTER(ctypes.c_float))
 
 
 def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens_one_by_one(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=CountingLlama))
+    library = CountingLlamaCpp()
+    monkeypatch.setitem(sys.modules, "llama_cpp", library)
     race = Race(tmp_path, [[1, 5, 9]], 12, torch.bfloat16, CPU)
     with pytest.raises(ValueError, match=r"\.gguf files is 0 in .*: it must be one, say from llama.cpp's convert"):
         LlamaCpp(race)
@@ -208,11 +219,13 @@ def test_llama_cpp_reads_the_prompt_and_then_its_own_tokens_one_by_one(tmp_path,
     peer = LlamaCpp(race)
     threads = torch.get_num_threads()
     wanted = {"path": str(tmp_path / "weights.gguf"), "n_ctx": 15, "n_threads": threads, "n_threads_batch": threads}
-    assert wanted.items() <= peer.model.settings.items()
-    for t in (1, 2):
+    assert wanted.items() <= library.settings.items()
+    for t in range(1, 13):
         assert peer.token.tolist() == [t + 2]
         peer.decode(t)
         peer.wait()
+    with pytest.raises(ValueError, match="llama.cpp could not decode 1 tokens: llama_decode returned 1"):
+        peer.decode(13)
     with pytest.raises(ValueError, match="--batch-sizes is 2: it must be 1 for llama.cpp"):
         LlamaCpp(replace(race, prompts=[[1, 5], [3, 4]]))
 

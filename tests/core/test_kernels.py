@@ -24,6 +24,16 @@ def test_lowest_takes_the_lowest_scores_and_of_equal_ones_the_older(row, random,
     assert found[0, 0, : len(wanted)].tolist() == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [3, 8, 16, 24])
+def test_lowest_is_right_in_the_code_for_4_bit_formats_too(n):
+    """A compiler takes the minimum of so few int64 wrongly, see `lowest`."""
+    compiled = torch.compile(kernels.lowest, dynamic=False, options=kernels.compiler_options(bits=4, head_dim=64))
+    score, pos = torch.rand(1, 1, n), torch.randperm(n, dtype=torch.int32)[None, None]
+    wanted = score.argmin(-1, keepdim=True)
+    assert torch.equal(compiled(score, pos, torch.ones_like(pos, dtype=torch.bool), 1), wanted)
+
+
 def order_of(score, pos):
     """What rank_key must sort by. Minus zero equals zero."""
     return score + 0.0, pos
