@@ -443,6 +443,7 @@ class Cache(nn.Module):
             shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
             numbers = (config.rank, config.n_ranks), prompt_slots, plan.max_evict
             self.layers.append(LayerCache(layer, shape, *numbers, each, formats, dtype, shared))
+        self.most_prompt_slots = max(self.slots[0])  # of any layer
         steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
         in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
         self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step
@@ -558,7 +559,7 @@ class Cache(nn.Module):
     def step_input(self, t: int, select: bool, reads: int) -> StepInput:
         """The input of step t, counted from 1, for the graph of these decode slots, which reads all prompt slots."""
         position = (self.lengths + (t - 1))[:, None].expand(-1, self.samples).flatten()  # [B]
-        return StepInput(select, reads, max(self.slots[0]), position, self.plan[t - 1])
+        return StepInput(select, reads, self.most_prompt_slots, position, self.plan[t - 1])
 
     def eager_step_input(self, t: int) -> StepInput:
         """The input of step t that reads the slots in use and no others: no graph was compiled for a number of them."""
