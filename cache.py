@@ -56,11 +56,12 @@ class CacheSnapshot(NamedTuple):
 
 
 class StepInput(NamedTuple):
-    """What the layers need to know of a decode step. Tensors may have any values; each bool or int compiles a graph."""
+    """What the layers need to know of a decode step. One graph serves all values of a tensor, but of a bool or an int
+    each value has a graph of its own."""
 
     select: bool  # whether a layer may evict
     reads: int  # decode slots that attention reads
-    prompt_reads: int  # prompt slots that it reads, where a layer has so many
+    prompt_reads: int  # prompt slots that it reads; a layer with fewer reads all of its own
     position: Tensor  # [B] of the token that is written
     plan: Tensor  # [n_layers, 3 or 4]: the scope.StepPlan of each layer
 
@@ -443,7 +444,7 @@ class Cache(nn.Module):
             shape = (size.batch, config.n_kv_heads, prompt_slots + plan.n_slots, config.head_dim)
             numbers = (config.rank, config.n_ranks), prompt_slots, plan.max_evict
             self.layers.append(LayerCache(layer, shape, *numbers, each, formats, dtype, shared))
-        self.most_prompt_slots = max(self.slots[0])  # of any layer
+        self.most_prompt_slots = max(self.slots[0])  # of the layer that has the most
         steps = list(zip(*(plan.steps for plan in schedules), strict=True))  # [T][n_layers]
         in_use = [[s.fresh + 1 if s.reuse < 0 else s.fresh for s in layers] for layers in steps]
         self.slots_at = [max(layers) for layers in in_use]  # decode slots in use at each step
@@ -557,7 +558,7 @@ class Cache(nn.Module):
                 layer.count_prompt(self.lengths)
 
     def step_input(self, t: int, select: bool, reads: int) -> StepInput:
-        """The input of step t, counted from 1, for the graph of these decode slots, which reads all prompt slots."""
+        """The input of step t, counted from 1, for the graph of `select` and `reads`. It reads all prompt slots."""
         position = (self.lengths + (t - 1))[:, None].expand(-1, self.samples).flatten()  # [B]
         return StepInput(select, reads, self.most_prompt_slots, position, self.plan[t - 1])
 

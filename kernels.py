@@ -214,9 +214,10 @@ def compiler_options(bits: int, head_dim: int) -> dict:
 
     reads, opcount: it stores every operand of a sum of products. Otherwise it computes the norm before a linear layer
     again for each output channel. But words of codes must be unpacked inside of the sum, in 40 ops at most: what is
-    stored would be a copy of the cache. simdlen: 8 words of 4-bit codes leave half of AVX-512's lanes empty, so AVX2 is
-    faster; and another CPU may share torch's cache of graphs, but not this code. size_asserts: Dynamo has compared all
-    shapes before. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
+    stored would be a copy of the cache. simdlen: the bits of a vector. 8 words of 4-bit codes leave half of AVX-512's
+    lanes empty, so AVX2 is faster for them. It is set for all formats, because torch's cache of compiled graphs does
+    not note the CPU, and two CPUs may share its folder. size_asserts: Dynamo compares all shapes before each step, so
+    the graph need not. vec_isa_ok: do not test what /proc/cpuinfo says (3 s).
     """
     widths = {"AVX2": 256, "AVX512": 256 if bits * head_dim < 512 else 512}
     return {
@@ -456,8 +457,8 @@ def lowest(score: Tensor, pos: Tensor, evictable: Tensor, count: int) -> Tensor:
     key = torch.where(evictable, rank_key(score, pos), torch.iinfo(torch.int64).max)
     if count > 1:
         return key.topk(count, largest=False, sorted=True).indices
-    # ~ turns the order round. argmin would be wrong in AVX2 code for a CPU with AVX-512: g++ 12 takes the minimum of a
-    # few int64 to be the largest one that there is.
+    # ~ reverses the order. argmin would be wrong in AVX2 code on a CPU with AVX-512: what g++ 12 makes there of
+    # PyTorch's minimum of a few int64 is 2**63 - 1, whatever they are.
     return (~key).argmax(-1, keepdim=True)
 
 

@@ -112,8 +112,8 @@ class Llama(nn.Module):
 def compiled_once(forward):
     """Compile `forward` once for all layers whose weights and caches have the same shapes, not once per layer.
 
-    Its arguments are tensors, modules and numbers. For each layer they are compared with those of the first, and with a
-    tuple among them that takes a quarter of what a layer more costs.
+    The compiler compares each layer's arguments with those of the first layer. That is quick for tensors, modules and
+    numbers. With a tuple among them, it would take a quarter of the time that each further layer takes to compile.
     """
     region = torch.compiler.nested_compile_region
     try:
